@@ -1,0 +1,1 @@
+"""What the operator, the agent, the trainer and the tools agree on. Standard library only."""

@@ -1,0 +1,150 @@
+"""The commit log of a run: where its checkpoints are, which one is the newest, who may still write.
+
+Under `<uri>/<run-uid>/` (S3 prefix or directory):
+
+    data/step-000000000120/a000003/shard-00001-of-00004.pt    one per rank, written by that rank's pod
+    data/step-000000000120/a000003/shard-00001-of-00004.json  its size and SHA-256, written after it
+    commits/00000017.json                                      record 17 of the log
+
+Records are numbered without gaps from 1 and created by a conditional PUT (`If-None-Match: *`; O_EXCL in a
+directory). Two kinds: a *fence* opens an attempt, a *commit* makes a step durable. A writer appends record
+k+1 only after it has read all records up to k and seen no fence of a newer attempt. So a writer of an older
+attempt meets either a key that is taken (it reads on, finds the fence, and drops) or, if the tail it knew
+was pruned, writes below the newest record, where no reader looks. That is the whole fence: it needs no clock,
+no lock and no operator. docs/decisions/0003-commit-log.md has the argument.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainyard_api.serde import decode, encode
+
+MANIFEST_VERSION = 1
+SAFE_KEY = re.compile(r"data/step-\d{12}/a\d{6}/shard-\d{5}-of-\d{5}\.pt")
+"""What a manifest may name. Anything else (.., absolute, other run) makes the manifest invalid."""
+
+
+def commit_key(seq: int) -> str:
+    return f"commits/{seq:08d}.json"
+
+
+def step_prefix(step: int, attempt: int) -> str:
+    return f"data/step-{step:012d}/a{attempt:06d}/"
+
+
+def shard_key(step: int, attempt: int, rank: int, world: int) -> str:
+    return f"{step_prefix(step, attempt)}shard-{rank:05d}-of-{world:05d}.pt"
+
+
+def descriptor_key(step: int, attempt: int, rank: int, world: int) -> str:
+    return shard_key(step, attempt, rank, world).removesuffix(".pt") + ".json"
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Shard:
+    """One rank's file."""
+
+    key: str
+    """Relative to the run's prefix."""
+    rank: int
+    size: int
+    """Bytes."""
+    sha256: str
+    """Lower-case hex of the file's content."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Cursor:
+    """Where in the data the run is, independent of the world size.
+
+    The samples of epoch `epoch` already used are the first `samples` of that epoch's permutation, which is a
+    function of (seed, epoch) alone.
+    """
+
+    epoch: int = 0
+    samples: int = 0
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Record:
+    """One object of the log. `kind` is "fence" or "commit"."""
+
+    kind: str
+    seq: int
+    run: str
+    """UID of the run: a record of another run is never accepted."""
+    attempt: int
+    step: int
+    """commit: the step that it holds. fence: the step that the attempt starts from."""
+    time: float
+    """Unix seconds, for people; nothing is decided by it."""
+    world_size: int = 0
+    shards: list[Shard] = field(default_factory=list)
+    cursor: Cursor = Cursor()
+    parent: int = 0
+    """seq of the commit that the attempt was resumed from, 0 if from nothing."""
+    versions: dict[str, str] = field(default_factory=dict)
+    """torch, trainyard."""
+    version: int = MANIFEST_VERSION
+
+    def to_json(self) -> dict[str, Any]:
+        return encode(self)  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_json(cls, data: Any, *, run: str, seq: int) -> Record:
+        """Raises ValueError when it is not a valid record `seq` of `run`."""
+        record = decode(cls, data, path=commit_key(seq))
+        problems = {
+            f"version {record.version} is newer than {MANIFEST_VERSION}": record.version > MANIFEST_VERSION,
+            f"belongs to run {record.run}": record.run != run,
+            f"says seq {record.seq}": record.seq != seq,
+            f"kind {record.kind!r} is unknown": record.kind not in ("fence", "commit"),
+            "has negative numbers": min(record.attempt, record.step, record.world_size) < 0,
+            "shards do not match its world size": record.kind == "commit"
+            and sorted(s.rank for s in record.shards) != list(range(record.world_size)),
+            "names a key outside its step": any(
+                not SAFE_KEY.fullmatch(s.key) or not s.key.startswith(step_prefix(record.step, record.attempt))
+                for s in record.shards
+            ),
+        }
+        for problem, found in problems.items():
+            if found:
+                raise ValueError(f"{commit_key(seq)}: {problem}")
+        return record
+
+
+class Fenced(Exception):
+    """A newer attempt has begun: this process must not write any more."""
+
+
+def next_seq(known: Iterable[int]) -> int:
+    """Number of the next record."""
+    return max(known, default=0) + 1
+
+
+def check_fence(records: Iterable[Record], attempt: int) -> None:
+    """Raises Fenced if any record is of an attempt newer than `attempt`."""
+    newest = max((r.attempt for r in records), default=0)
+    if newest > attempt:
+        raise Fenced(f"attempt {newest} has begun; attempt {attempt} may not write")
+
+
+def commits_newest_first(records: Iterable[Record]) -> list[Record]:
+    """Candidates for a resume, in the order in which to try them."""
+    return sorted((r for r in records if r.kind == "commit"), key=lambda r: r.seq, reverse=True)
+
+
+def prunable(records: Iterable[Record], *, keep: int) -> list[Record]:
+    """Commits whose data may be deleted: all but the newest `keep` (at least 2, or all there are).
+
+    Never one at or above the newest fence's parent: an attempt may be loading it.
+    """
+    records = list(records)
+    commits = commits_newest_first(records)
+    in_use = max((r.parent for r in records if r.kind == "fence"), default=0)
+    return [r for r in commits[max(keep, 2) :] if r.seq != in_use]
