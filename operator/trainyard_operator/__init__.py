@@ -1,0 +1,1 @@
+"""The operator: kopf is the shell, `plan` decides, `apply` does."""

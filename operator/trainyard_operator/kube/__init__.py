@@ -1,0 +1,1 @@
+"""Talking to the API server: session, client, reflector, store, lease, Event recorder."""
