@@ -1,0 +1,162 @@
+"""Bringing container images from an OCI layout folder into a node's image store, moving as little as possible.
+
+Images are built on this machine, and there is no registry. A full image is 1.8 GB, of which a code change touches a few
+kilobytes: so the tar that is handed to containerd holds only the blobs which the node lacks. containerd accepts that,
+because all it asks is that every blob be in its store when it has read the tar.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import io
+import json
+import platform
+import subprocess
+import tarfile
+import threading
+from collections.abc import Iterable
+from pathlib import Path
+from typing import IO, Any
+
+from devcluster.cluster.node import NodeMachine
+from devcluster.errors import DevclusterError
+from devcluster.proc import environment
+
+_NAME = "org.opencontainers.image.ref.name"
+_FULL_NAME = "io.containerd.image.name"
+_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
+_CONFIG = "application/vnd.oci.image.config.v1+json"
+_LAYER = "application/vnd.oci.image.layer.v1.tar"
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Image:
+    """One image of an OCI layout folder: its manifest's descriptor and every blob it needs, the manifest's included."""
+
+    layout: Path
+    manifest: dict[str, Any]
+    blobs: tuple[str, ...]
+
+    @property
+    def digest(self) -> str:
+        return str(self.manifest["digest"])
+
+    def blob(self, digest: str) -> Path:
+        return _blob(self.layout, digest)
+
+
+def read_image(layout: Path, ref: str) -> Image:
+    """The image in the layout that has this name, or its tag for a name, or is the only one."""
+    try:
+        manifests = json.loads((layout / "index.json").read_text())["manifests"]
+    except (OSError, ValueError, KeyError) as error:
+        raise DevclusterError(f"{layout} is not an OCI image layout (a folder with index.json and blobs): {error}") from None
+    tag = ref.rpartition("/")[2].partition(":")[2]
+    named = [entry for entry in manifests if entry.get("annotations", {}).get(_NAME) in {ref, tag}]
+    # An image that is pushed anew is appended: the last one is meant.
+    chosen = named or manifests
+    if not chosen or (not named and len(manifests) > 1):
+        names = [entry.get("annotations", {}).get(_NAME) for entry in manifests]
+        raise DevclusterError(f"{layout} holds {names}, none of which is {ref!r} or {tag!r}")
+    descriptor = chosen[-1]
+    manifest = json.loads(_blob(layout, descriptor["digest"]).read_bytes())
+    if "config" not in manifest:
+        raise DevclusterError(f"{ref} in {layout} is an index of several platforms: push one image only")
+    digests = [descriptor["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+    kept = {key: descriptor[key] for key in ("mediaType", "digest", "size")}
+    return Image(layout, kept, tuple(dict.fromkeys(digests)))
+
+
+def write_tar(image: Image, ref: str, digests: Iterable[str], out: IO[bytes]) -> int:
+    """Write an OCI archive which holds these blobs of the image only; returns their bytes."""
+    index = {"schemaVersion": 2, "manifests": [image.manifest | {"annotations": {_FULL_NAME: ref, _NAME: ref}}]}
+    written = 0
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, bufsize=1 << 20, copybufsize=1 << 20) as tar:
+        _add(tar, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
+        _add(tar, "index.json", json.dumps(index).encode())
+        for digest in digests:
+            path = image.blob(digest)
+            entry = tarfile.TarInfo("blobs/" + digest.replace(":", "/"))
+            entry.size = path.stat().st_size
+            with path.open("rb") as file:
+                tar.addfile(entry, file)
+            written += entry.size
+    return written
+
+
+def load(machine: NodeMachine, image: Image, ref: str) -> int | None:
+    """Bring an image to a node; returns the bytes that were sent, or None when the node had it."""
+    listed = machine.ctr("images", "list", f"name=={ref}").stdout.splitlines()
+    if any(line.split()[0] == ref and image.digest in line.split() for line in listed[1:]):
+        return None
+    present = set(machine.ctr("content", "list", "--quiet").stdout.split())
+    lacking = [digest for digest in image.blobs if digest not in present]
+    # Always sent, since containerd wants to see a manifest in the archive that it imports.
+    if image.digest not in lacking:
+        lacking.insert(0, image.digest)
+    process = subprocess.Popen(
+        machine.ctr_command("images", "import", "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
+    )
+    assert process.stdin is not None and process.stdout is not None
+    said: list[bytes] = []
+    reader = threading.Thread(target=lambda: said.append(process.stdout.read() if process.stdout else b""))
+    reader.start()
+    timer = threading.Timer(900, process.kill)
+    timer.start()
+    sent = 0
+    try:
+        sent = write_tar(image, ref, lacking, process.stdin)
+        process.stdin.close()
+    except BrokenPipeError:
+        pass
+    finally:
+        code = process.wait()
+        timer.cancel()
+        reader.join()
+    if code != 0:
+        text = b"".join(said).decode(errors="replace")[-1000:]
+        raise DevclusterError(f"{machine.node.name} did not take image {ref}: ctr exited with {code}: {text}")
+    return sent
+
+
+def pause_layout(folder: Path, program: Path) -> Path:
+    """An OCI layout with one image of one file, the pause program: what a pod's sandbox is made of."""
+    layer_file = io.BytesIO()
+    with tarfile.open(fileobj=layer_file, mode="w") as tar:
+        entry = tarfile.TarInfo("pause")
+        entry.mode = 0o755
+        data = program.read_bytes()
+        entry.size = len(data)
+        tar.addfile(entry, io.BytesIO(data))
+    layer = _put(folder, layer_file.getvalue(), _LAYER)
+    config = {
+        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
+        "os": "linux",
+        "config": {"Entrypoint": ["/pause"], "User": "65535:65535"},
+        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
+    }
+    described = _put(folder, json.dumps(config).encode(), _CONFIG)
+    manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": described, "layers": [layer]}
+    listed = _put(folder, json.dumps(manifest).encode(), _MANIFEST)
+    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [listed]}))
+    (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
+    return folder
+
+
+def _put(folder: Path, data: bytes, kind: str) -> dict[str, Any]:
+    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
+    path = _blob(folder, digest)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(data)
+    return {"mediaType": kind, "digest": digest, "size": len(data)}
+
+
+def _blob(layout: Path, digest: str) -> Path:
+    return layout / "blobs" / digest.replace(":", "/")
+
+
+def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:
+    entry = tarfile.TarInfo(name)
+    entry.size = len(data)
+    tar.addfile(entry, io.BytesIO(data))
