@@ -34,6 +34,8 @@ disabled_plugins = {json.dumps(off)}
   sandbox_image = "{PAUSE_IMAGE}"
   # The host's AppArmor knows no profile of ours.
   disable_apparmor = true
+  # Where even root may not lower it (in a container or sandbox), runc would fail to start any pod at all.
+  restrict_oom_score_adj = true
   stream_server_address = "127.0.0.1"
   stream_server_port = "0"
 
