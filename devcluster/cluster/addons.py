@@ -14,15 +14,18 @@ _ROLES = "/apis/rbac.authorization.k8s.io/v1"
 
 def corefile(cluster: Layout, kubeconfig: Path) -> str:
     """CoreDNS' configuration: names of the cluster; every other name does not exist, and says so at once."""
-    return f""".:53 {{
+    return f"""{DNS_DOMAIN} in-addr.arpa {{
     bind {cluster.dns_address}
     errors
-    ready 127.0.0.1:8181
     kubernetes {DNS_DOMAIN} in-addr.arpa {{
         kubeconfig {kubeconfig}
         pods insecure
         ttl 1
     }}
+}}
+. {{
+    bind {cluster.dns_address}
+    errors
     template ANY ANY . {{
         rcode NXDOMAIN
     }}

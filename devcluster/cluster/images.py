@@ -8,10 +8,8 @@ because all it asks is that every blob be in its store when it has read the tar.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import io
 import json
-import platform
 import subprocess
 import tarfile
 import threading
@@ -20,14 +18,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from devcluster.cluster.node import NodeMachine
+from devcluster.cluster.scratch import blob_path
 from devcluster.errors import DevclusterError
 from devcluster.proc import environment
 
 _NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
-_MANIFEST = "application/vnd.oci.image.manifest.v1+json"
-_CONFIG = "application/vnd.oci.image.config.v1+json"
-_LAYER = "application/vnd.oci.image.layer.v1.tar"
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -43,7 +39,7 @@ class Image:
         return str(self.manifest["digest"])
 
     def blob(self, digest: str) -> Path:
-        return _blob(self.layout, digest)
+        return blob_path(self.layout, digest)
 
 
 def read_image(layout: Path, ref: str) -> Image:
@@ -60,7 +56,7 @@ def read_image(layout: Path, ref: str) -> Image:
         names = [entry.get("annotations", {}).get(_NAME) for entry in manifests]
         raise DevclusterError(f"{layout} holds {names}, none of which is {ref!r} or {tag!r}")
     descriptor = chosen[-1]
-    manifest = json.loads(_blob(layout, descriptor["digest"]).read_bytes())
+    manifest = json.loads(blob_path(layout, descriptor["digest"]).read_bytes())
     if "config" not in manifest:
         raise DevclusterError(f"{ref} in {layout} is an index of several platforms: push one image only")
     digests = [descriptor["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
@@ -118,42 +114,6 @@ def load(machine: NodeMachine, image: Image, ref: str) -> int | None:
         text = b"".join(said).decode(errors="replace")[-1000:]
         raise DevclusterError(f"{machine.node.name} did not take image {ref}: ctr exited with {code}: {text}")
     return sent
-
-
-def pause_layout(folder: Path, program: Path) -> Path:
-    """An OCI layout with one image of one file, the pause program: what a pod's sandbox is made of."""
-    layer_file = io.BytesIO()
-    with tarfile.open(fileobj=layer_file, mode="w") as tar:
-        entry = tarfile.TarInfo("pause")
-        entry.mode = 0o755
-        data = program.read_bytes()
-        entry.size = len(data)
-        tar.addfile(entry, io.BytesIO(data))
-    layer = _put(folder, layer_file.getvalue(), _LAYER)
-    config = {
-        "architecture": {"x86_64": "amd64", "aarch64": "arm64"}[platform.machine()],
-        "os": "linux",
-        "config": {"Entrypoint": ["/pause"], "User": "65535:65535"},
-        "rootfs": {"type": "layers", "diff_ids": [layer["digest"]]},
-    }
-    described = _put(folder, json.dumps(config).encode(), _CONFIG)
-    manifest = {"schemaVersion": 2, "mediaType": _MANIFEST, "config": described, "layers": [layer]}
-    listed = _put(folder, json.dumps(manifest).encode(), _MANIFEST)
-    (folder / "index.json").write_text(json.dumps({"schemaVersion": 2, "manifests": [listed]}))
-    (folder / "oci-layout").write_text('{"imageLayoutVersion":"1.0.0"}')
-    return folder
-
-
-def _put(folder: Path, data: bytes, kind: str) -> dict[str, Any]:
-    digest = f"sha256:{hashlib.sha256(data).hexdigest()}"
-    path = _blob(folder, digest)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(data)
-    return {"mediaType": kind, "digest": digest, "size": len(data)}
-
-
-def _blob(layout: Path, digest: str) -> Path:
-    return layout / "blobs" / digest.replace(":", "/")
 
 
 def _add(tar: tarfile.TarFile, name: str, data: bytes) -> None:

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from devcluster.cluster import cgroups, controlplane, images, network, parts, preflight, registry, state
+from devcluster.cluster import cgroups, controlplane, images, network, parts, preflight, registry, scratch, state
 from devcluster.cluster.model import PAUSE_IMAGE, Layout, number_of
 from devcluster.cluster.node import NodeMachine
 from devcluster.cluster.parts import S3Access
@@ -131,7 +131,7 @@ class Cluster:
         settings = parts.settings(layout, tools)
         controlplane.prepare(settings)
         machines = self._machines(layout)
-        pause = images.read_image(images.pause_layout(layout.state / "pause-image", tools["pause"]), PAUSE_IMAGE)
+        pause = images.read_image(scratch.pause(layout.state / "pause-image", tools["pause"]), PAUSE_IMAGE)
 
         def runtime(machine: NodeMachine) -> None:
             machine.ensure_runtime()
