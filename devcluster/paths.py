@@ -20,6 +20,11 @@ def state_root() -> Path:
     return Path(os.environ.get("TRAINYARD_STATE") or Path.home() / ".local" / "state" / "trainyard").absolute()
 
 
+def nodes_cache() -> Path:
+    """The image stores of all clusters' nodes."""
+    return cache_root() / "nodes"
+
+
 def node_cache(cluster: str, node: str) -> Path:
     """A node's image store; kept by `down`, so that the next `up` need not import 1.8 GB again."""
-    return cache_root() / "nodes" / cluster / node
+    return nodes_cache() / cluster / node

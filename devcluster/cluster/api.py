@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import http.client
 import json
 import ssl
@@ -49,14 +50,16 @@ class Api:
         if status not in (200, 201, 409):
             raise RuntimeError(f"POST {path}: {status} {answer}")
 
-    def nodes(self) -> dict[str, bool]:
-        """Every node's name, and whether it is Ready."""
+    def nodes(self) -> dict[str, float | None]:
+        """Every node's name, and when its kubelet last said that it is well; None if it is not Ready."""
         status, answer = self.call("GET", "/api/v1/nodes")
         if status != 200:
             return {}
-        return {node["metadata"]["name"]: _is_ready(node) for node in answer["items"]}
+        return {node["metadata"]["name"]: _ready_at(node) for node in answer["items"]}
 
 
-def _is_ready(node: dict[str, Any]) -> bool:
-    conditions = node.get("status", {}).get("conditions") or []
-    return any(condition["type"] == "Ready" and condition["status"] == "True" for condition in conditions)
+def _ready_at(node: dict[str, Any]) -> float | None:
+    for condition in node.get("status", {}).get("conditions") or []:
+        if condition["type"] == "Ready" and condition["status"] == "True":
+            return datetime.datetime.fromisoformat(condition["lastHeartbeatTime"]).timestamp()
+    return None

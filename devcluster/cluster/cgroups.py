@@ -20,13 +20,20 @@ _CONTROLLERS = ("cpuset", "cpu", "io", "memory", "hugetlb", "pids")
 
 def hierarchies() -> list[Path]:
     """Where every cgroup hierarchy is mounted: many with version 1, one with version 2."""
-    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
-    old = [Path(fields[1]) for fields in mounts if fields[2] == "cgroup"]
-    new = [Path(fields[1]) for fields in mounts if fields[2] == "cgroup2"]
-    found = list(dict.fromkeys(path.resolve() for path in old or new))
+    found = _mounted("cgroup") or _mounted("cgroup2")
     if not found:
         raise DevclusterError("no cgroup hierarchy is mounted: containers cannot run here")
     return found
+
+
+def _everywhere() -> list[Path]:
+    """All hierarchies: beside those of version 1 there may be one of version 2, in which runc leaves folders too."""
+    return _mounted("cgroup") + _mounted("cgroup2")
+
+
+def _mounted(kind: str) -> list[Path]:
+    mounts = [line.split() for line in Path("/proc/self/mounts").read_text().splitlines()]
+    return list(dict.fromkeys(Path(fields[1]).resolve() for fields in mounts if fields[2] == kind))
 
 
 def tracking() -> Path:
@@ -95,7 +102,7 @@ def kill(cgroup: str, *, seconds: float = 10) -> None:
 
 def remove(cgroup: str) -> None:
     """Remove a cgroup and all below it from every hierarchy; they must have no members."""
-    for root in hierarchies():
+    for root in _everywhere():
         for attempt in range(50):
             for folder, _, _ in os.walk(root / cgroup, topdown=False):
                 with contextlib.suppress(OSError):
@@ -108,6 +115,6 @@ def remove(cgroup: str) -> None:
 
 def left(prefix: str) -> list[Path]:
     """Top-level cgroups whose names begin so."""
-    return [path for root in hierarchies() for path in root.glob(f"{prefix}*") if path.is_dir()]
+    return [path for root in _everywhere() for path in root.glob(f"{prefix}*") if path.is_dir()]
 
 

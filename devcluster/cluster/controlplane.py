@@ -174,6 +174,9 @@ def controller_manager(settings: Settings) -> list[object]:
         f"--root-ca-file={pki / 'ca.crt'}",
         f"--service-account-private-key-file={pki / 'tokens.key'}",
         "--use-service-account-credentials=true",
+        # By default it allows itself 20 requests a second, of which its own start takes seconds.
+        "--kube-api-qps=500",
+        "--kube-api-burst=1000",
         f"--cluster-signing-cert-file={pki / 'ca.crt'}",
         f"--cluster-signing-key-file={pki / 'ca.key'}",
     ]

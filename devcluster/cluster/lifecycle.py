@@ -6,19 +6,22 @@ import concurrent.futures
 import dataclasses
 import shutil
 import signal
+import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
 from devcluster.cluster import cgroups, controlplane, images, network, parts, preflight, registry, scratch, state
+from devcluster.cluster.api import Api
 from devcluster.cluster.model import PAUSE_IMAGE, Layout, number_of
 from devcluster.cluster.node import NodeMachine
 from devcluster.cluster.parts import S3Access
 from devcluster.errors import DevclusterError
 from devcluster.filelock import locked
 from devcluster.gotools import build
-from devcluster.paths import RUNTIME, cache_root, state_root
+from devcluster.paths import RUNTIME, nodes_cache, state_root
+from devcluster.pki import Authority
 from devcluster.proc import Process, run, stop_all
 from devcluster.progress import say, step, wait_for
 
@@ -143,13 +146,16 @@ class Cluster:
             for future in runtimes:
                 future.result()
         network.ensure_routes([machine.node for machine in machines])
+        started: dict[str, float] = {}
         for machine in machines:
-            machine.ensure_kubelet(settings.server)
+            begin = time.time()
+            if machine.ensure_kubelet(settings.server):
+                started[machine.node.name] = begin
         if parts.s3_access(layout):
             parts.ensure_s3(layout, tools["versitygw"])
-        self._await_nodes(settings, machines)
+        self._await_nodes(settings, machines, started)
 
-    def _await_nodes(self, settings: controlplane.Settings, machines: list[NodeMachine]) -> None:
+    def _await_nodes(self, settings: controlplane.Settings, machines: list[NodeMachine], started: dict[str, float]) -> None:
         api = settings.api()
         plugged = [machine for machine in machines if network.link_is_up(machine.node)]
         for machine in set(machines) - set(plugged):
@@ -157,7 +163,7 @@ class Cluster:
         for machine in plugged:
             wait_for(
                 f"waiting for {machine.node.name} to be Ready",
-                lambda name=machine.node.name: api.nodes().get(name, False),  # type: ignore[misc]
+                lambda machine=machine: _is_ready(api, machine, started),  # type: ignore[misc]
                 seconds=90,
                 alive=lambda kubelet=machine.kubelet: kubelet.running,  # type: ignore[misc]
                 log=machine.kubelet.log,
@@ -182,7 +188,7 @@ class Cluster:
             elif (state_root() / self.name).exists():
                 shutil.rmtree(state_root() / self.name)
             if purge:
-                shutil.rmtree(cache_root() / "nodes" / self.name, ignore_errors=True)
+                shutil.rmtree(nodes_cache() / self.name, ignore_errors=True)
             if layout is not None:
                 registry.release(layout)
 
@@ -205,12 +211,12 @@ class Cluster:
         access = parts.s3_access(layout)
         if access:
             components["s3"] = parts.process(layout, "s3").running
-        ready = controlplane.Api(layout.server, controlplane.Authority(layout.pki)).nodes()
+        ready = Api(layout.server, Authority(layout.pki)).nodes()
         nodes = {}
         for machine in self._machines(layout):
             name = machine.node.name
             components |= {part.name: part.running for part in machine.parts}
-            known = {True: "Ready", False: "NotReady", None: "Unknown"}[ready.get(name)]
+            known = "Unknown" if name not in ready else "NotReady" if ready[name] is None else "Ready"
             nodes[name] = known if network.link_is_up(machine.node) else f"{known}, cut off"
         return Status(self.name, layout.server, layout.kubeconfig, components, nodes, access)
 
@@ -260,7 +266,7 @@ class Cluster:
         """Kill a node's kubelet and start another; containers go on."""
         machine = self._machine(node)
         machine.stop_kubelet()
-        machine.ensure_kubelet(self.layout.server)
+        machine.ensure_kubelet(machine.node.cluster.server)
 
     def process(self, component: str) -> Process:
         """A component by its name in `status`, to be killed by a test; `up` mends it."""
@@ -271,6 +277,13 @@ def _each(work: Callable[[T], R], items: Iterable[T]) -> list[R]:
     """Do it for all at once; the first failure is raised when all have ended."""
     with concurrent.futures.ThreadPoolExecutor() as pool:
         return [future.result() for future in [pool.submit(work, item) for item in items]]
+
+
+def _is_ready(api: Api, machine: NodeMachine, started: dict[str, float]) -> bool:
+    """Whether a node is Ready, by what its kubelet said since it was started: older news is its predecessor's."""
+    heartbeat = api.nodes().get(machine.node.name)
+    # Heartbeats are in whole seconds.
+    return heartbeat is not None and heartbeat >= int(started.get(machine.node.name, 0))
 
 
 def _remove_folder(folder: Path) -> None:

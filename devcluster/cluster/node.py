@@ -80,15 +80,15 @@ class NodeMachine:
             self._clean_store()
             self._start_containerd()
 
-    def ensure_kubelet(self, server: str) -> None:
-        """kubelet and kube-proxy, which need the apiserver's address."""
-        node = self.node
+    def ensure_kubelet(self, server: str) -> bool:
+        """kubelet and kube-proxy, which need the apiserver's address; whether the kubelet had to be started."""
         self._write_kubelet_files(server)
-        kubelet = nodeconfig.kubelet_command(node, self.tools["kubelet"])
-        if not self.kubelet.running:
-            self._start(self.kubelet, kubelet)
         if not self.proxy.running:
-            self._start(self.proxy, nodeconfig.proxy_command(node, self.tools["kube-proxy"]))
+            self._start(self.proxy, nodeconfig.proxy_command(self.node, self.tools["kube-proxy"]))
+        if self.kubelet.running:
+            return False
+        self._start(self.kubelet, nodeconfig.kubelet_command(self.node, self.tools["kubelet"]))
+        return True
 
     def _start(self, process: Process, command: list[object], *, inside: bool = True) -> None:
         group = cgroups.make_system(self.node.cluster.cgroup, self.node.name)

@@ -13,7 +13,7 @@ from devcluster.cluster import cgroups, network
 from devcluster.cluster.model import MAX_CLUSTERS, Layout
 from devcluster.errors import DevclusterError
 from devcluster.filelock import locked
-from devcluster.paths import RUNTIME, cache_root, state_root
+from devcluster.paths import RUNTIME, cache_root, nodes_cache, state_root
 from devcluster.pki import write
 
 
@@ -76,13 +76,13 @@ def leftovers() -> list[str]:
     states = {record["state"] for record in known.values()}
     if state_root().exists():
         found += [f"folder {path}" for path in state_root().iterdir() if path.is_dir() and str(path) not in states]
-    return found + _mounts(known) + _processes(known)
+    return found + _mounts() + _processes(known)
 
 
-def _mounts(known: dict[int, dict[str, str]]) -> list[str]:
+def _mounts() -> list[str]:
     """Mounts on the host below our folders: a node's are in its own namespace, so there is never any."""
     points = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    own = (str(state_root()), str(RUNTIME), str(cache_root()))
+    own = (str(state_root()), str(RUNTIME), str(nodes_cache()))
     return [f"mount {point}" for point in points if point.startswith(own)]
 
 
