@@ -88,11 +88,15 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     def on_cluster(sub: argparse.ArgumentParser, default: str = "dev") -> None:
-        sub.add_argument("--name", default=default, help="name of the embedded cluster (default: %(default)s)")
+        sub.add_argument(
+            "--name", default=default, help="name of the embedded cluster (default: %(default)s)"
+        )
 
     from devcluster.environment import add_cluster_arguments
 
-    p = verb("demo", demo, "Train on a real cluster, kill a worker and a pod, watch the run resume and finish.")
+    p = verb(
+        "demo", demo, "Train on a real cluster, kill a worker and a pod, watch the run resume and finish."
+    )
     on_cluster(p)
     add_cluster_arguments(p)
     p.add_argument("--nodes", type=int, default=2, help="nodes of the embedded cluster (default: 2)")

@@ -36,7 +36,9 @@ def main(args: argparse.Namespace) -> int:
 
 def story(scenario: Scenario, screen: _Screen, *, nodes: int, step_delay: float) -> None:
     """Submit, kill a process, delete a pod, complete. Raises DevclusterError at a bound."""
-    scenario.kubectl("-n", NAMESPACE, "delete", "trainingrun", RUN, "--ignore-not-found", "--timeout=90s", seconds=100)
+    scenario.kubectl(
+        "-n", NAMESPACE, "delete", "trainingrun", RUN, "--ignore-not-found", "--timeout=90s", seconds=100
+    )
     args = ["--epochs", str(EPOCHS), "--batch-size", str(BATCH), "--step-delay", str(step_delay)]
     scenario.submit(RUN, scenario.spec(args=args, nodes=nodes, processes=PROCESSES))
     screen.tell(
@@ -53,7 +55,9 @@ def story(scenario: Scenario, screen: _Screen, *, nodes: int, step_delay: float)
     screen.tell(f"kill -9 of the worker process of rank {rank} (in pod {before[rank // PROCESSES]['name']})")
     _recovered(scenario, screen, killed)
     kept = {p["uid"] for p in before.values()} == {p["uid"] for p in scenario.pods(RUN).values()}
-    screen.tell("  every pod is the one it was: workers were restarted in place" if kept else "  pods were replaced")
+    screen.tell(
+        "  every pod is the one it was: workers were restarted in place" if kept else "  pods were replaced"
+    )
 
     _watch(scenario, screen, "60% of the steps", lambda s: (s.get("step") or 0) >= total * 6 // 10)
     name = scenario.pods(RUN)[0]["name"]

@@ -17,7 +17,8 @@ if TYPE_CHECKING:
     from devcluster.cluster import Cluster
 
 BUCKET = "trainyard"
-HOST_PACKAGES_REASON = "container runtime, network tools and image builder of the embedded cluster"
+OPERATOR_SETTINGS = {"TRAINYARD_STATUS_INTERVAL": "1"}
+"""People watch this cluster; ten seconds between two looks at the progress are for clusters with a thousand runs."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,10 +53,16 @@ class Environment:
 def add_cluster_arguments(parser: argparse.ArgumentParser) -> None:
     """Flags of every verb that needs a cluster."""
     group = parser.add_argument_group("an existing cluster instead of the embedded one")
-    group.add_argument("--kubeconfig", type=Path, help="kubeconfig of the cluster (its current context is used)")
-    group.add_argument("--operator-image", help="pullable image of the operator (Dockerfile target `operator`)")
+    group.add_argument(
+        "--kubeconfig", type=Path, help="kubeconfig of the cluster (its current context is used)"
+    )
+    group.add_argument(
+        "--operator-image", help="pullable image of the operator (Dockerfile target `operator`)"
+    )
     group.add_argument("--trainer-image", help="pullable image of the trainer (Dockerfile target `trainer`)")
-    group.add_argument("--s3-uri", help="s3://bucket/prefix for checkpoints; keys from AWS_ACCESS_KEY_ID, ...")
+    group.add_argument(
+        "--s3-uri", help="s3://bucket/prefix for checkpoints; keys from AWS_ACCESS_KEY_ID, ..."
+    )
     group.add_argument("--s3-endpoint", help="URL of the S3 server as pods see it, when it is not Amazon's")
 
 
@@ -90,7 +97,7 @@ def embedded(name: str, *, nodes: int = 2) -> Environment:
     s3 = cluster.start_s3()
     s3.make_bucket(BUCKET)
     kubectl = Kubectl(cluster.kubeconfig, kubectl_binary())
-    install(kubectl, operator_image=images["operator"].ref)
+    install(kubectl, operator_image=images["operator"].ref, settings=OPERATOR_SETTINGS)
     return Environment(
         kubectl=kubectl,
         trainer_image=images["trainer"].ref,
@@ -116,12 +123,15 @@ def existing(args: argparse.Namespace) -> Environment:
     kubectl = Kubectl(args.kubeconfig.absolute(), kubectl_binary())
     with step("asking the cluster for its version"):
         say(kubectl("version").strip().replace("\n", ", "))
-    install(kubectl, operator_image=args.operator_image)
+    install(kubectl, operator_image=args.operator_image, settings=OPERATOR_SETTINGS)
     return Environment(
         kubectl=kubectl,
         trainer_image=args.trainer_image,
         s3=S3Target(
-            args.s3_uri, args.s3_endpoint, os.environ["AWS_ACCESS_KEY_ID"], os.environ["AWS_SECRET_ACCESS_KEY"]
+            args.s3_uri,
+            args.s3_endpoint,
+            os.environ["AWS_ACCESS_KEY_ID"],
+            os.environ["AWS_SECRET_ACCESS_KEY"],
         ),
         cluster=None,
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import yaml
@@ -20,20 +21,32 @@ SERVICE = "trainyard-coordinator"
 CERTIFICATE_DAYS = 365
 
 
-def install(kubectl: Kubectl, *, operator_image: str, seconds: float = 180) -> None:
+def install(
+    kubectl: Kubectl, *, operator_image: str, settings: Mapping[str, str] | None = None, seconds: float = 180
+) -> None:
     """CRD, namespace, RBAC, TLS secret, Deployment; returns when the operator is ready.
+
+    `settings` are environment variables of the operator (`python -m trainyard_operator run --help`).
 
     Idempotent: applying the same again changes nothing. Raises DevclusterError that shows the pod's own
     words when the operator does not become ready within `seconds`.
     """
     deploy = CHECKOUT / "operator" / "deploy"
     with step("installing the operator: CRD, RBAC, Deployment"):
-        kubectl.apply(CHECKOUT / "crds" / "trainyard.dev_trainingruns.yaml", "--server-side", "--force-conflicts")
-        kubectl("wait", "--for=condition=Established", "crd/trainingruns.trainyard.dev", "--timeout=60s", seconds=70)
+        kubectl.apply(
+            CHECKOUT / "crds" / "trainyard.dev_trainingruns.yaml", "--server-side", "--force-conflicts"
+        )
+        kubectl(
+            "wait",
+            "--for=condition=Established",
+            "crd/trainingruns.trainyard.dev",
+            "--timeout=60s",
+            seconds=70,
+        )
         for name in ("namespace", "rbac", "service"):
             kubectl.apply(deploy / f"{name}.yaml")
         _ensure_tls(kubectl)
-        kubectl.apply(_with_image((deploy / "deployment.yaml").read_text(), operator_image))
+        kubectl.apply(_configured((deploy / "deployment.yaml").read_text(), operator_image, settings or {}))
     with step("waiting for the operator to be ready (it becomes leader and fills its caches first)"):
         try:
             kubectl(
@@ -47,9 +60,15 @@ def install(kubectl: Kubectl, *, operator_image: str, seconds: float = 180) -> N
 def uninstall(kubectl: Kubectl) -> None:
     """Remove the operator, the CRD and with it every TrainingRun."""
     with step("removing the operator and the CRD"):
-        kubectl("delete", "crd", "trainingruns.trainyard.dev", "--ignore-not-found", "--timeout=60s", seconds=70)
         kubectl(
-            "delete", "-f", str(CHECKOUT / "operator" / "deploy" / "rbac.yaml"), "--ignore-not-found", seconds=70
+            "delete", "crd", "trainingruns.trainyard.dev", "--ignore-not-found", "--timeout=60s", seconds=70
+        )
+        kubectl(
+            "delete",
+            "-f",
+            str(CHECKOUT / "operator" / "deploy" / "rbac.yaml"),
+            "--ignore-not-found",
+            seconds=70,
         )
         kubectl("delete", "namespace", NAMESPACE, "--ignore-not-found", "--timeout=120s", seconds=130)
 
@@ -69,12 +88,13 @@ def explain(kubectl: Kubectl) -> str:
     return "\n".join(parts)
 
 
-def _with_image(manifest: str, image: str) -> str:
+def _configured(manifest: str, image: str, settings: Mapping[str, str]) -> str:
     documents = [d for d in yaml.safe_load_all(manifest) if d]
     for document in documents:
         if document["kind"] == "Deployment":
             for container in document["spec"]["template"]["spec"]["containers"]:
                 container["image"] = image
+                container["env"] += [{"name": k, "value": v} for k, v in sorted(settings.items())]
     return yaml.safe_dump_all(documents)
 
 

@@ -17,7 +17,16 @@ def main(*, fix: bool = False) -> int:
     checks = {
         "ruff": [*ruff, "check", "-q", *(["--fix"] if fix else []), *folders],
         "ruff format": [*ruff, "format", "-q", *([] if fix else ["--check"]), *folders],
-        "mypy": [sys.executable, "-m", "mypy", "--no-error-summary", "-p", "trainyard_api", "-p", "trainyard_operator"],
+        "mypy": [
+            sys.executable,
+            "-m",
+            "mypy",
+            "--no-error-summary",
+            "-p",
+            "trainyard_api",
+            "-p",
+            "trainyard_operator",
+        ],
         "import-linter": [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"],
     }
     failed = []

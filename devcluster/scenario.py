@@ -138,7 +138,11 @@ class Scenario:
             if ready(status):
                 return status
             if status.get("phase") in ("Failed", "Complete") or time.monotonic() > end:
-                why = "the run ended" if status.get("phase") in ("Failed", "Complete") else f"{seconds:.0f} s passed"
+                why = (
+                    "the run ended"
+                    if status.get("phase") in ("Failed", "Complete")
+                    else f"{seconds:.0f} s passed"
+                )
                 raise DevclusterError(f"waiting for {what}: {why} first\n{self.explain(name)}")
             time.sleep(0.2)
 
@@ -163,7 +167,9 @@ class Scenario:
     def pods(self, name: str) -> dict[int, dict[str, Any]]:
         """Live pods by node index: {"name", "uid", "node"}; terminating ones are left out."""
         found = {}
-        for pod in self.kubectl.json("-n", self.namespace, "pods", "-l", f"trainyard.dev/run={name}")["items"]:
+        for pod in self.kubectl.json("-n", self.namespace, "pods", "-l", f"trainyard.dev/run={name}")[
+            "items"
+        ]:
             meta = pod["metadata"]
             if "deletionTimestamp" in meta or pod["status"].get("phase") in ("Failed", "Succeeded"):
                 continue
@@ -175,7 +181,18 @@ class Scenario:
         """Kill one worker process; Unix seconds of the kill by the pod's clock."""
         pod = self.pods(name)[rank // per_node]["name"]
         out = self.kubectl(
-            "-n", self.namespace, "exec", pod, "-c", "trainer", "--", "python3", "-c", KILL, str(rank), str(signal)
+            "-n",
+            self.namespace,
+            "exec",
+            pod,
+            "-c",
+            "trainer",
+            "--",
+            "python3",
+            "-c",
+            KILL,
+            str(rank),
+            str(signal),
         )
         return float(out)
 
@@ -184,7 +201,13 @@ class Scenario:
         pod = self.pods(name)[index]["name"]
         began = time.time()
         self.kubectl(
-            "-n", self.namespace, "delete", "pod", pod, "--wait=false", *(["--force", "--grace-period=0"] if force else [])
+            "-n",
+            self.namespace,
+            "delete",
+            "pod",
+            pod,
+            "--wait=false",
+            *(["--force", "--grace-period=0"] if force else []),
         )
         return began
 
@@ -201,7 +224,9 @@ class Scenario:
     def events(self, name: str) -> list[dict[str, Any]]:
         """Events about the run, oldest first."""
         items = self.kubectl.json("-n", self.namespace, "events.events.k8s.io")["items"]
-        mine = [e for e in items if e["regarding"].get("kind") == "TrainingRun" and e["regarding"]["name"] == name]
+        mine = [
+            e for e in items if e["regarding"].get("kind") == "TrainingRun" and e["regarding"]["name"] == name
+        ]
         return sorted(mine, key=lambda e: e["metadata"]["creationTimestamp"])
 
     def operator_pod(self) -> str:

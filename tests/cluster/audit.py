@@ -15,12 +15,18 @@ def writes(audit_log: Path, *, since: float, user: str = OPERATOR) -> list[str]:
     found = []
     for line in audit_log.read_text().splitlines():
         event = json.loads(line)
-        if event["user"]["username"] != user or event["verb"] not in WRITES or event["stage"] != "ResponseComplete":
+        if (
+            event["user"]["username"] != user
+            or event["verb"] not in WRITES
+            or event["stage"] != "ResponseComplete"
+        ):
             continue
         ref = event.get("objectRef", {})
         if ref.get("resource") == "leases":
             continue
         at = datetime.datetime.fromisoformat(event["requestReceivedTimestamp"]).timestamp()
         if at >= since:
-            found.append(f"{event['verb']} {ref.get('resource')}/{ref.get('name', '')} {ref.get('subresource', '')}")
+            found.append(
+                f"{event['verb']} {ref.get('resource')}/{ref.get('name', '')} {ref.get('subresource', '')}"
+            )
     return found

@@ -23,7 +23,9 @@ def _shows(scenario: Scenario, run: str, words: list[str], *, conditions: tuple[
         status = scenario.status(run)
         found = [c for kind in conditions if (c := scenario.condition(status, kind))]
         condition = next((c for c in found if _has(c.get("message", "") + c.get("reason", ""), words)), {})
-        events = [e for e in scenario.events(run) if e["type"] == "Warning" and _has(e["note"] + e["reason"], words)]
+        events = [
+            e for e in scenario.events(run) if e["type"] == "Warning" and _has(e["note"] + e["reason"], words)
+        ]
         if condition and events:
             return condition
         time.sleep(0.3)
@@ -99,7 +101,9 @@ def test_checkpoint_of_another_shape(scenario: Scenario) -> None:
     )
     scenario.wait("bad", "Suspended", lambda s: s.get("phase") == "Suspended", seconds=60)
     source = scenario.kubectl.json("-n", scenario.namespace, "configmap", "digits")["data"]["train.py"]
-    scenario.add_script("digits", source.replace('"--hidden", type=int, default=64', '"--hidden", type=int, default=96'))
+    scenario.add_script(
+        "digits", source.replace('"--hidden", type=int, default=64', '"--hidden", type=int, default=96')
+    )
     scenario.kubectl(
         "-n", scenario.namespace, "patch", "tr", "bad", "--type=merge", "-p", '{"spec":{"suspend":false}}'
     )

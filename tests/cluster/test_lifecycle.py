@@ -30,14 +30,18 @@ def test_suspend_frees_the_pods_and_resume_goes_on(scenario: Scenario) -> None:
     status = complete(scenario, "nap")
     assert status["attempt"] == 2
     assert status["attempts"][-1]["resumedStep"] >= 20, "the checkpoint was not used"
-    assert status["restarts"] == {"user": 0, "infrastructure": 0, "withoutProgress": 0}, "a suspension is no failure"
+    assert status["restarts"] == {"user": 0, "infrastructure": 0, "withoutProgress": 0}, (
+        "a suspension is no failure"
+    )
     final_sha(scenario, "nap")
 
 
 @pytest.mark.timeout(200)
 def test_delete_leaves_nothing(scenario: Scenario) -> None:
     def objects() -> set[str]:
-        kinds = "pods,services,configmaps,secrets,persistentvolumeclaims,leases,serviceaccounts,networkpolicies"
+        kinds = (
+            "pods,services,configmaps,secrets,persistentvolumeclaims,leases,serviceaccounts,networkpolicies"
+        )
         out = scenario.kubectl("-n", scenario.namespace, "get", kinds, "-o", "name")
         return set(out.split())
 

@@ -44,7 +44,14 @@ def test_operator_killed_at_any_time_costs_the_run_nothing(scenario: Scenario) -
     for _ in range(4):  # while pods are created, while the gang forms, while it trains
         time.sleep(2.5)
         scenario.kubectl(
-            "-n", NAMESPACE, "delete", "pod", scenario.operator_pod(), "--force", "--grace-period=0", "--wait=false"
+            "-n",
+            NAMESPACE,
+            "delete",
+            "pod",
+            scenario.operator_pod(),
+            "--force",
+            "--grace-period=0",
+            "--wait=false",
         )
     status = complete(scenario, "killed")
     assert status["attempt"] == 1, "the operator's death was taken for the run's"
@@ -73,10 +80,12 @@ def test_nothing_is_written_once_all_is_said(scenario: Scenario) -> None:
 def _scale(scenario: Scenario, replicas: int) -> None:
     scenario.kubectl("-n", NAMESPACE, "scale", f"deployment/{DEPLOYMENT}", f"--replicas={replicas}")
     if replicas:
-        scenario.kubectl("-n", NAMESPACE, "rollout", "status", f"deployment/{DEPLOYMENT}", "--timeout=90s", seconds=100)
+        scenario.kubectl(
+            "-n", NAMESPACE, "rollout", "status", f"deployment/{DEPLOYMENT}", "--timeout=90s", seconds=100
+        )
     else:
         scenario.kubectl(
-            "-n", NAMESPACE, "wait", "--for=delete", "pod", "-l", f"app.kubernetes.io/name={DEPLOYMENT}",
+            "-n", NAMESPACE, "wait", "--for=delete", "pod", "-l", "app.kubernetes.io/component=operator",
             "--timeout=60s", seconds=70,
         )  # fmt: skip
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from collections.abc import Iterator
 
 import pytest
 
@@ -31,12 +32,12 @@ def _kills(seed: int, total: int) -> list[tuple[int, str, int]]:
     steps = sorted(rng.sample(range(5, total - 10), KILLS_PER_RUN))
     kinds = ["rank", "rank", "rank", "pod", "pod"]
     rng.shuffle(kinds)
-    ranks = itertools_cycle(seed, NODES * PROCESSES)
-    pods = itertools_cycle(seed, NODES)
+    ranks = _round_robin(seed, NODES * PROCESSES)
+    pods = _round_robin(seed, NODES)
     return [(s, k, next(ranks) if k == "rank" else next(pods)) for s, k in zip(steps, kinds, strict=True)]
 
 
-def itertools_cycle(start: int, n: int):  # noqa: ANN201 - a generator of ints
+def _round_robin(start: int, n: int) -> Iterator[int]:
     while True:
         yield start % n
         start += 1
@@ -59,7 +60,10 @@ def test_kills_at_random_steps_change_nothing(
         else:
             module_scenario.delete_pod(name, which)
         after = module_scenario.wait(
-            name, f"recovery from kill {number} ({what} {which})", lambda s, a=attempt: _trains(s, a), seconds=90
+            name,
+            f"recovery from kill {number} ({what} {which})",
+            lambda s, a=attempt: _trains(s, a),
+            seconds=90,
         )
         assert after["attempt"] == attempt + 1, "one failure is one attempt"
         kept = {i for i, pod in module_scenario.pods(name).items() if pod["uid"] == before[i]["uid"]}
