@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from trainyard_api.protocol import Beat, Directive
@@ -26,6 +26,8 @@ class PodView:
     deleting: bool = False
     creation_time: float = 0.0
     """Unix seconds."""
+    started_at: float = 0.0
+    """Unix seconds at which the trainer container started; 0 before that."""
     reason: str = ""
     """status.reason (Evicted, ...), or DisruptionTarget's reason."""
     message: str = ""
@@ -52,6 +54,16 @@ class Member:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Refusal:
+    """The API server's last word on a pod that we asked for: quota, Pod Security, admission, a taken name."""
+
+    pod: str
+    message: str
+    retry_at: float
+    """Unix seconds; not asked for again before."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Observed:
     """Everything a decision may depend on."""
 
@@ -63,6 +75,10 @@ class Observed:
     """Unix seconds."""
     listening_since: float = 0.0
     """Since when this operator process can hear beats: nobody is called silent for longer than that."""
+    refusals: tuple[Refusal, ...] = ()
+    """Creates of this run's pods that were refused and did not succeed since."""
+    status_written: float = 0.0
+    """When this process last wrote the status of this run (Unix seconds); 0 if it never did."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -112,8 +128,8 @@ class Plan:
     """The whole new status, or None when nothing is to be written."""
     delete_pods: tuple[DeletePod, ...] = ()
     create_pods: tuple[CreatePod, ...] = ()
-    directives: Mapping[str, Directive] = field(default_factory=dict)
-    """By pod UID. Agents of this run that are not named are told to EXIT."""
+    directives: Mapping[str, Directive] | None = None
+    """By pod UID. Agents of this run that are not named are told to EXIT. None: leave all as they are."""
     events: tuple[EventNote, ...] = ()
     delete_run: bool = False
     """TTL has passed."""
