@@ -144,7 +144,7 @@ class Recorder:
                 log.warning("an Event about %s/%s was not posted: %s", what.namespace, what.name, error)
 
     async def flush(self, seconds: float) -> bool:
-        """Waits at most `seconds` until all is posted; false, and a log line, if some was not. For the end."""
+        """Waits at most `seconds` until all is posted; false, and a log line, if some was not."""
         try:
             async with asyncio.timeout(seconds):
                 await self._idle.wait()
