@@ -30,14 +30,19 @@ NODE = (
 IMAGES = ("buildah", "debootstrap")
 
 _POLICY = Path("/usr/sbin/policy-rc.d")
-_POLICY_TEXT = "#!/bin/sh\n# Put here by trainyard's development cluster while it installs packages.\nexit 101\n"
+_POLICY_TEXT = (
+    "#!/bin/sh\n# Put here by trainyard's development cluster while it installs packages.\nexit 101\n"
+)
 
 
 def missing(packages: Iterable[str]) -> list[str]:
     """Those of the packages that are not installed."""
     wanted = list(dict.fromkeys(packages))
     out = subprocess.run(
-        ["dpkg-query", "-W", "-f=${Package} ${db:Status-Status}\n", *wanted], capture_output=True, text=True, check=False
+        ["dpkg-query", "-W", "-f=${Package} ${db:Status-Status}\n", *wanted],
+        capture_output=True,
+        text=True,
+        check=False,
     ).stdout
     installed = {line.split()[0] for line in out.splitlines() if line.endswith(" installed")}
     return [package for package in wanted if package not in installed]
@@ -46,12 +51,17 @@ def missing(packages: Iterable[str]) -> list[str]:
 def ensure(packages: Iterable[str], why: str = "the development cluster runs them") -> None:
     """Install what is missing; does nothing, and needs no root, when nothing is."""
     if shutil.which("dpkg-query") is None:
-        raise DevclusterError("this is not a Debian-like system: install containerd, runc, CNI plugins and nftables yourself")
+        raise DevclusterError(
+            "this is not a Debian-like system: install containerd, runc, CNI plugins and nftables yourself"
+        )
     if not (needed := missing(packages)):
         return
     if os.geteuid() != 0:
         raise DevclusterError(f"not root, so cannot install: apt-get install {' '.join(needed)}")
-    with locked(Path("/run/trainyard-apt.lock"), "installing packages", seconds=1200, remove=True), _no_services():
+    with (
+        locked(Path("/run/trainyard-apt.lock"), "installing packages", seconds=1200, remove=True),
+        _no_services(),
+    ):
         if needed := missing(needed):
             _install(needed, why)
 

@@ -17,7 +17,9 @@ def cache_root() -> Path:
 
 def state_root() -> Path:
     """Everything that belongs to clusters that are up: pids, logs, keys, etcd's data."""
-    return Path(os.environ.get("TRAINYARD_STATE") or Path.home() / ".local" / "state" / "trainyard").absolute()
+    return Path(
+        os.environ.get("TRAINYARD_STATE") or Path.home() / ".local" / "state" / "trainyard"
+    ).absolute()
 
 
 def nodes_cache() -> Path:

@@ -91,7 +91,17 @@ class Process:
         procs = str(cgroup / "cgroup.procs") if cgroup else "-"
         with self.log.open("ab") as log:
             child = subprocess.Popen(
-                [*guard, "/bin/sh", "-c", _LAUNCH, "launch", procs, str(self.record), _digest(command), *command],
+                [
+                    *guard,
+                    "/bin/sh",
+                    "-c",
+                    _LAUNCH,
+                    "launch",
+                    procs,
+                    str(self.record),
+                    _digest(command),
+                    *command,
+                ],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -122,7 +132,9 @@ def reap() -> None:
     _children[:] = [child for child in _children if child.poll() is None]
 
 
-def stop_all(processes: Iterable[Process], *, seconds: float = 5, how: signal.Signals = signal.SIGTERM) -> None:
+def stop_all(
+    processes: Iterable[Process], *, seconds: float = 5, how: signal.Signals = signal.SIGTERM
+) -> None:
     """Stop several at once: they end in parallel."""
     left = list(processes)
     records = [process.record for process in left]
@@ -145,7 +157,9 @@ def _digest(argv: Iterable[object]) -> str:
     return hashlib.sha256("\0".join(str(argument) for argument in argv).encode()).hexdigest()[:16]
 
 
-def run(*argv: object, check: bool = True, seconds: float = 60, text: str | None = None) -> subprocess.CompletedProcess[str]:
+def run(
+    *argv: object, check: bool = True, seconds: float = 60, text: str | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run a short command to its end; an error holds its output."""
     command = [str(argument) for argument in argv]
     result = subprocess.run(

@@ -18,14 +18,17 @@ from devcluster.proc import CommandError, environment
 def _parser() -> argparse.ArgumentParser:
     common = argparse.ArgumentParser(add_help=False)
     common.add_argument("--name", default="dev", help="the cluster's name (default: dev)")
-    parser = argparse.ArgumentParser(prog="python -m devcluster.cluster", description="A real Kubernetes cluster on this machine.")
+    about = "A real Kubernetes cluster on this machine."
+    parser = argparse.ArgumentParser(prog="python -m devcluster.cluster", description=about)
     verbs = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
 
     def verb(name: str, text: str) -> argparse.ArgumentParser:
         return verbs.add_parser(name, help=text, description=text, parents=[common])
 
-    verb("up", "bring the cluster up, or mend it").add_argument("--nodes", type=int, default=2, help="at least so many (default: 2)")
-    verb("down", "remove the cluster").add_argument("--purge", action="store_true", help="remove its nodes' image stores too")
+    up = verb("up", "bring the cluster up, or mend it")
+    up.add_argument("--nodes", type=int, default=2, help="at least so many (default: 2)")
+    down = verb("down", "remove the cluster")
+    down.add_argument("--purge", action="store_true", help="remove its nodes' image stores too")
     verb("status", "say what of it runs")
     load = verb("load-image", "bring an image from an OCI layout folder to the nodes")
     load.add_argument("path", type=Path, help="the folder with index.json and blobs")
@@ -41,7 +44,8 @@ def _parser() -> argparse.ArgumentParser:
         "restart-kubelet": "kill and restart a node's kubelet",
     }.items():
         verb(name, text).add_argument("node", help="node-1, node-2, ...")
-    verb("s3", "start the cluster's S3 server and print how to reach it").add_argument("--bucket", action="append", default=[], help="make it")
+    s3 = verb("s3", "start the cluster's S3 server and print how to reach it")
+    s3.add_argument("--bucket", action="append", default=[], help="make this bucket (may be repeated)")
     verb("leftovers", "list what is left on this machine of clusters that are gone")
     # Its arguments are kubectl's own: they are taken as they are, before argparse sees them.
     verb("kubectl", "run kubectl as administrator: kubectl [--name NAME] ARGUMENTS")
@@ -123,7 +127,8 @@ def _kubectl(words: list[str]) -> int:
     if words[:1] == ["--name"] and len(words) > 1:
         name, words = words[1], words[2:]
     kubectl = str(build.ensure("kubectl")["kubectl"])
-    os.execve(kubectl, [kubectl, *words], environment({"KUBECONFIG": str(Cluster(name).kubeconfig)}))
+    # It becomes kubectl, so that exec -it and Ctrl-C work as ever.
+    os.execve(kubectl, [kubectl, *words], environment({"KUBECONFIG": str(Cluster(name).kubeconfig)}))  # noqa: S606
 
 
 if __name__ == "__main__":

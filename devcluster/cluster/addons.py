@@ -35,7 +35,9 @@ def corefile(cluster: Layout, kubeconfig: Path) -> str:
 
 def coredns(cluster: Layout, server: str, binary: Path) -> list[object]:
     """Write CoreDNS' files; returns its command line."""
-    kubeconfig = Authority(cluster.pki).kubeconfig(cluster.pki / "coredns.kubeconfig", server, "coredns", "system:coredns")
+    kubeconfig = Authority(cluster.pki).kubeconfig(
+        cluster.pki / "coredns.kubeconfig", server, "coredns", "system:coredns"
+    )
     path = cluster.state / "Corefile"
     write(path, corefile(cluster, kubeconfig))
     return [*network.in_netns(cluster.hub), binary, "-conf", path]
@@ -44,7 +46,11 @@ def coredns(cluster: Layout, server: str, binary: Path) -> list[object]:
 def grant(api: Api) -> None:
     """Let CoreDNS read what it serves."""
     rules = [
-        {"apiGroups": [""], "resources": ["services", "namespaces", "pods", "endpoints"], "verbs": ["list", "watch"]},
+        {
+            "apiGroups": [""],
+            "resources": ["services", "namespaces", "pods", "endpoints"],
+            "verbs": ["list", "watch"],
+        },
         {"apiGroups": ["discovery.k8s.io"], "resources": ["endpointslices"], "verbs": ["list", "watch"]},
     ]
     name = {"name": "system:coredns"}

@@ -28,7 +28,9 @@ class Api:
         try:
             kind = "application/merge-patch+json" if method == "PATCH" else "application/json"
             text = json.dumps(body) if body is not None else None
-            connection.request(method, path, body=text, headers={"Content-Type": kind, "Accept": "application/json"})
+            connection.request(
+                method, path, body=text, headers={"Content-Type": kind, "Accept": "application/json"}
+            )
             response = connection.getresponse()
             answer = response.read().decode()
         except (OSError, http.client.HTTPException) as error:

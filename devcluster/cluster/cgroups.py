@@ -106,7 +106,7 @@ def remove(cgroup: str) -> None:
         for attempt in range(50):
             for folder, _, _ in os.walk(root / cgroup, topdown=False):
                 with contextlib.suppress(OSError):
-                    os.rmdir(folder)
+                    Path(folder).rmdir()
             if not (root / cgroup).exists():
                 break
             # The kernel takes a moment to let go of a cgroup whose last process has just died.
@@ -116,5 +116,3 @@ def remove(cgroup: str) -> None:
 def left(prefix: str) -> list[Path]:
     """Top-level cgroups whose names begin so."""
     return [path for root in _everywhere() for path in root.glob(f"{prefix}*") if path.is_dir()]
-
-

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import socket
 import urllib.request
 from collections.abc import Mapping
 from pathlib import Path
 
 from devcluster.cluster.api import Api
-from devcluster.errors import DevclusterError
 from devcluster.pki import Authority, write
 from devcluster.proc import Process
 from devcluster.progress import wait_for
@@ -83,37 +81,21 @@ class Settings:
         return self.authority.kubeconfig(path, self.server, component, f"system:{component}")
 
 
-def free_ports(count: int, address: str = "127.0.0.1") -> list[int]:
-    """Ports nobody listens on; all are held until the last is found, so that they differ."""
-    sockets = [socket.socket() for _ in range(count)]
-    try:
-        for one in sockets:
-            one.bind((address, 0))
-        return [one.getsockname()[1] for one in sockets]
-    finally:
-        for one in sockets:
-            one.close()
-
-
-def is_free(port: int, address: str) -> bool:
-    """Whether a server could listen there."""
-    with socket.socket() as probe:
-        # Connections of a server that has just ended may linger; they do not keep a new one from listening.
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((address, port))
-        except OSError:
-            return False
-    return True
-
-
 def prepare(settings: Settings) -> None:
     """Write everything that the components read."""
     authority = settings.authority
     authority.ensure()
     first_service = settings.services.rpartition(".")[0] + ".1"
-    names = ["kubernetes", "kubernetes.default", "kubernetes.default.svc", "kubernetes.default.svc.cluster.local", "localhost"]
-    authority.issue("apiserver", "kube-apiserver", addresses=[*names, settings.address, "127.0.0.1", first_service])
+    names = [
+        "kubernetes",
+        "kubernetes.default",
+        "kubernetes.default.svc",
+        "kubernetes.default.svc.cluster.local",
+        "localhost",
+    ]
+    authority.issue(
+        "apiserver", "kube-apiserver", addresses=[*names, settings.address, "127.0.0.1", first_service]
+    )
     # The apiserver as a client of kubelets: they ask it who may do what, and masters may.
     authority.issue("apiserver-kubelet", "kube-apiserver", ["system:masters"])
     authority.kubeconfig(settings.state / "kubeconfig", settings.server, "admin", "admin", ["system:masters"])
@@ -210,20 +192,26 @@ def etcd_healthy(settings: Settings) -> bool:
 
 
 def await_etcd(settings: Settings) -> None:
+    """Wait until etcd answers."""
     process = settings.process("etcd")
     wait_for(
-        "waiting for etcd's health", lambda: etcd_healthy(settings), seconds=30, alive=lambda: process.running, log=process.log, every=0.05
+        "waiting for etcd's health",
+        lambda: etcd_healthy(settings),
+        seconds=30,
+        alive=lambda: process.running,
+        log=process.log,
+        every=0.05,
     )
 
 
 def await_apiserver(settings: Settings) -> None:
+    """Wait until the apiserver has finished starting."""
     process = settings.process("kube-apiserver")
-    wait_for("waiting for kube-apiserver's /readyz", settings.api().ready, seconds=60, alive=lambda: process.running, log=process.log, every=0.05)
-
-
-def check_port(port: int, address: str, owner: str) -> None:
-    """Say it plainly when a fixed port is taken."""
-    if not is_free(port, address):
-        raise DevclusterError(f"{owner} cannot listen on {address}:{port}: another program does (ss -ltnp shows which)")
-
-
+    wait_for(
+        "waiting for kube-apiserver's /readyz",
+        settings.api().ready,
+        seconds=60,
+        alive=lambda: process.running,
+        log=process.log,
+        every=0.05,
+    )

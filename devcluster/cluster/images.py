@@ -7,15 +7,17 @@ because all it asks is that every blob be in its store when it has read the tar.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import json
 import subprocess
 import tarfile
+import tempfile
 import threading
 from collections.abc import Iterable
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, cast
 
 from devcluster.cluster.node import NodeMachine
 from devcluster.cluster.scratch import blob_path
@@ -24,6 +26,8 @@ from devcluster.proc import environment
 
 _NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
+# Unpacking gigabytes on a busy machine is slow, but not this slow.
+_IMPORT_SECONDS = 900
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +51,9 @@ def read_image(layout: Path, ref: str) -> Image:
     try:
         manifests = json.loads((layout / "index.json").read_text())["manifests"]
     except (OSError, ValueError, KeyError) as error:
-        raise DevclusterError(f"{layout} is not an OCI image layout (a folder with index.json and blobs): {error}") from None
+        raise DevclusterError(
+            f"{layout} is not an OCI image layout (a folder with index.json and blobs): {error}"
+        ) from None
     tag = ref.rpartition("/")[2].partition(":")[2]
     named = [entry for entry in manifests if entry.get("annotations", {}).get(_NAME) in {ref, tag}]
     # An image that is pushed anew is appended: the last one is meant.
@@ -59,16 +65,23 @@ def read_image(layout: Path, ref: str) -> Image:
     manifest = json.loads(blob_path(layout, descriptor["digest"]).read_bytes())
     if "config" not in manifest:
         raise DevclusterError(f"{ref} in {layout} is an index of several platforms: push one image only")
-    digests = [descriptor["digest"], manifest["config"]["digest"], *(layer["digest"] for layer in manifest["layers"])]
+    digests = [
+        descriptor["digest"],
+        manifest["config"]["digest"],
+        *(layer["digest"] for layer in manifest["layers"]),
+    ]
     kept = {key: descriptor[key] for key in ("mediaType", "digest", "size")}
     return Image(layout, kept, tuple(dict.fromkeys(digests)))
 
 
 def write_tar(image: Image, ref: str, digests: Iterable[str], out: IO[bytes]) -> int:
     """Write an OCI archive which holds these blobs of the image only; returns their bytes."""
-    index = {"schemaVersion": 2, "manifests": [image.manifest | {"annotations": {_FULL_NAME: ref, _NAME: ref}}]}
+    index = {
+        "schemaVersion": 2,
+        "manifests": [image.manifest | {"annotations": {_FULL_NAME: ref, _NAME: ref}}],
+    }
     written = 0
-    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, bufsize=1 << 20, copybufsize=1 << 20) as tar:
+    with tarfile.open(fileobj=out, mode="w|", format=tarfile.GNU_FORMAT, bufsize=1 << 20) as tar:
         _add(tar, "oci-layout", b'{"imageLayoutVersion":"1.0.0"}')
         _add(tar, "index.json", json.dumps(index).encode())
         for digest in digests:
@@ -91,28 +104,36 @@ def load(machine: NodeMachine, image: Image, ref: str) -> int | None:
     # Always sent, since containerd wants to see a manifest in the archive that it imports.
     if image.digest not in lacking:
         lacking.insert(0, image.digest)
-    process = subprocess.Popen(
-        machine.ctr_command("images", "import", "-"), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, env=environment()
-    )
-    assert process.stdin is not None and process.stdout is not None
-    said: list[bytes] = []
-    reader = threading.Thread(target=lambda: said.append(process.stdout.read() if process.stdout else b""))
-    reader.start()
-    timer = threading.Timer(900, process.kill)
-    timer.start()
+    return _import(machine, image, ref, lacking)
+
+
+def _import(machine: NodeMachine, image: Image, ref: str, digests: list[str]) -> int:
     sent = 0
-    try:
-        sent = write_tar(image, ref, lacking, process.stdin)
-        process.stdin.close()
-    except BrokenPipeError:
-        pass
-    finally:
-        code = process.wait()
-        timer.cancel()
-        reader.join()
-    if code != 0:
-        text = b"".join(said).decode(errors="replace")[-1000:]
-        raise DevclusterError(f"{machine.node.name} did not take image {ref}: ctr exited with {code}: {text}")
+    with tempfile.TemporaryFile() as said:
+        process = subprocess.Popen(
+            machine.ctr_command("images", "import", "-"),
+            stdin=subprocess.PIPE,
+            stdout=said,
+            stderr=said,
+            env=environment(),
+        )
+        timer = threading.Timer(_IMPORT_SECONDS, process.kill)
+        timer.start()
+        try:
+            # A ctr that fails closes its end; what it said is of more use than that.
+            with contextlib.suppress(BrokenPipeError), cast(IO[bytes], process.stdin) as stdin:
+                sent = write_tar(image, ref, digests, stdin)
+            code = process.wait()
+        finally:
+            timer.cancel()
+            process.kill()
+            process.wait()
+        if code != 0:
+            said.seek(0)
+            text = said.read().decode(errors="replace")[-1000:]
+            raise DevclusterError(
+                f"{machine.node.name} did not take image {ref}: ctr exited with {code}: {text}"
+            )
     return sent
 
 

@@ -12,11 +12,20 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
 
-from devcluster.cluster import cgroups, controlplane, images, network, parts, preflight, registry, scratch, state
+from devcluster.cluster import (
+    cgroups,
+    controlplane,
+    images,
+    network,
+    parts,
+    preflight,
+    registry,
+    scratch,
+    state,
+)
 from devcluster.cluster.api import Api
 from devcluster.cluster.model import PAUSE_IMAGE, Layout, number_of
 from devcluster.cluster.node import NodeMachine
-from devcluster.cluster.parts import S3Access
 from devcluster.errors import DevclusterError
 from devcluster.filelock import locked
 from devcluster.gotools import build
@@ -24,6 +33,7 @@ from devcluster.paths import RUNTIME, nodes_cache, state_root
 from devcluster.pki import Authority
 from devcluster.proc import Process, run, stop_all
 from devcluster.progress import say, step, wait_for
+from devcluster.s3 import S3Access
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -58,7 +68,9 @@ class Cluster:
     def layout(self) -> Layout:
         layout = registry.find(self.name)
         if layout is None:
-            raise DevclusterError(f"cluster {self.name!r} is not up: python -m devcluster.cluster up --name {self.name}")
+            raise DevclusterError(
+                f"cluster {self.name!r} is not up: python -m devcluster.cluster up --name {self.name}"
+            )
         return layout
 
     @property
@@ -155,7 +167,9 @@ class Cluster:
             parts.ensure_s3(layout, tools["versitygw"])
         self._await_nodes(settings, machines, started)
 
-    def _await_nodes(self, settings: controlplane.Settings, machines: list[NodeMachine], started: dict[str, float]) -> None:
+    def _await_nodes(
+        self, settings: controlplane.Settings, machines: list[NodeMachine], started: dict[str, float]
+    ) -> None:
         api = settings.api()
         plugged = [machine for machine in machines if network.link_is_up(machine.node)]
         for machine in set(machines) - set(plugged):
@@ -235,7 +249,9 @@ class Cluster:
 
     # Images and storage
 
-    def load_image(self, oci_path: Path, ref: str, nodes: Iterable[str] | None = None) -> dict[str, int | None]:
+    def load_image(
+        self, oci_path: Path, ref: str, nodes: Iterable[str] | None = None
+    ) -> dict[str, int | None]:
         """Bring an image to nodes (to all by default): bytes sent to each, None where it was there already."""
         image = images.read_image(Path(oci_path), ref)
         machines = [self._machine(node) for node in nodes] if nodes is not None else self._machines()

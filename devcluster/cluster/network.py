@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import ipaddress
-import os
 import time
 from pathlib import Path
 
@@ -51,7 +50,15 @@ def ensure_node(node: Node) -> None:
     if not _has_link(cluster.hub, node.link):
         run(*hub, "ip", "link", "add", node.link, "type", "veth", "peer", "name", "eth0", "netns", node.netns)
     run(*hub, "ip", "link", "set", node.link, "master", BRIDGE, "up")
-    run(*inside, "ip", "address", "replace", f"{node.address}/{cluster.bridge_network.prefixlen}", "dev", "eth0")
+    run(
+        *inside,
+        "ip",
+        "address",
+        "replace",
+        f"{node.address}/{cluster.bridge_network.prefixlen}",
+        "dev",
+        "eth0",
+    )
     run(*inside, "ip", "link", "set", "eth0", "up")
     run(*inside, "ip", "route", "replace", "default", "via", cluster.host_address)
     run(*inside, "sysctl", "-q", "-w", "net.ipv4.ip_forward=1")
@@ -101,7 +108,7 @@ def left_netns(prefix: str) -> list[str]:
 
 def left_links(prefix: str) -> list[str]:
     """The host's links whose names begin so."""
-    return sorted(name for name in os.listdir("/sys/class/net") if name.startswith(prefix))
+    return sorted(link.name for link in Path("/sys/class/net").iterdir() if link.name.startswith(prefix))
 
 
 def overlapping_routes(cluster: Layout) -> bool:

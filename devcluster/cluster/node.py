@@ -101,13 +101,22 @@ class NodeMachine:
             raise RuntimeError(f"{self.node.name} is not up")
         return ["nsenter", f"--mount=/proc/{pid}/ns/mnt", f"--net=/run/netns/{self.node.netns}", "--"]
 
-    def ctr(self, *arguments: object, seconds: float = 60, check: bool = True) -> subprocess.CompletedProcess[str]:
+    def ctr(
+        self, *arguments: object, seconds: float = 60, check: bool = True
+    ) -> subprocess.CompletedProcess[str]:
         """containerd's own client, in Kubernetes' namespace."""
         return run(*self.ctr_command(*arguments), seconds=seconds, check=check)
 
     def ctr_command(self, *arguments: object) -> list[str]:
         socket = self.node.run / "containerd" / "containerd.sock"
-        return ["ctr", "--address", str(socket), "--namespace", "k8s.io", *[str(argument) for argument in arguments]]
+        return [
+            "ctr",
+            "--address",
+            str(socket),
+            "--namespace",
+            "k8s.io",
+            *[str(argument) for argument in arguments],
+        ]
 
     def _start_containerd(self, config: str = "containerd.toml") -> None:
         self._start(self.containerd, ["containerd", "--config", f"{nodeconfig.ETC}/{config}"])
@@ -135,7 +144,10 @@ class NodeMachine:
 
     def forget_containers(self) -> None:
         """Delete every container and lease, and with them (by containerd's garbage collection) their snapshots."""
-        for kind, remove in (("containers", ["containers", "delete"]), ("leases", ["leases", "delete", "--sync"])):
+        for kind, remove in (
+            ("containers", ["containers", "delete"]),
+            ("leases", ["leases", "delete", "--sync"]),
+        ):
             names = self.ctr(kind, "list", "--quiet", check=False).stdout.split()
             for name in names:
                 self.ctr(*remove, name, check=False)
@@ -157,8 +169,14 @@ class NodeMachine:
         user = f"system:node:{node.name}"
         self.authority.kubeconfig(etc / "kubelet.kubeconfig", server, f"{node.name}", user, ["system:nodes"])
         self.authority.kubeconfig(etc / "kube-proxy.kubeconfig", server, "kube-proxy", "system:kube-proxy")
-        certificate, key = self.authority.issue(f"{node.name}-server", user, ["system:nodes"], [node.name, node.address])
-        for name, source in {"ca.crt": self.authority.certificate, "kubelet.crt": certificate, "kubelet.key": key}.items():
+        certificate, key = self.authority.issue(
+            f"{node.name}-server", user, ["system:nodes"], [node.name, node.address]
+        )
+        for name, source in {
+            "ca.crt": self.authority.certificate,
+            "kubelet.crt": certificate,
+            "kubelet.key": key,
+        }.items():
             write(etc / name, source.read_text(), mode=0o600)
         write(etc / "kubelet.json", nodeconfig.kubelet(node))
 
@@ -199,5 +217,3 @@ def _is_held(keeper: Process) -> bool:
 
 def _clear(folder: Path) -> None:
     shutil.rmtree(folder, ignore_errors=True)
-
-

@@ -20,7 +20,11 @@ def containerd(*, cri: bool = True) -> str:
     """containerd's configuration; without CRI it only serves to clean up an image store."""
     disabled = ["aufs", "btrfs", "devmapper", "zfs"]
     off = [f"io.containerd.snapshotter.v1.{name}" for name in disabled]
-    off += ["io.containerd.tracing.processor.v1.otlp", "io.containerd.internal.v1.tracing", "io.containerd.internal.v1.opt"]
+    off += [
+        "io.containerd.tracing.processor.v1.otlp",
+        "io.containerd.internal.v1.tracing",
+        "io.containerd.internal.v1.opt",
+    ]
     off += [] if cri else ["io.containerd.grpc.v1.cri"]
     return f"""version = 2
 root = "/var/lib/containerd"

@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
-import dataclasses
 import secrets
 from collections.abc import Mapping
 from pathlib import Path
 
-from devcluster import s3
+from devcluster import ports, s3
 from devcluster.cluster import addons, cgroups, controlplane, state
 from devcluster.cluster.controlplane import Ports, Settings
 from devcluster.cluster.model import Layout
 from devcluster.proc import Process
+from devcluster.s3 import S3Access
 
 COMPONENTS = ("etcd", "kube-apiserver", "kube-controller-manager", "kube-scheduler", "coredns")
 S3_PORT = 9000
@@ -19,10 +19,13 @@ S3_ACCESS_KEY = "trainyard"
 
 
 def process(layout: Layout, name: str) -> Process:
+    """A component by its name."""
     return Process(name, layout.pids, layout.logs / f"{name}.log")
 
 
-def ensure_process(layout: Layout, name: str, command: list[object], env: Mapping[str, str] | None = None) -> bool:
+def ensure_process(
+    layout: Layout, name: str, command: list[object], env: Mapping[str, str] | None = None
+) -> bool:
     """Start a component unless it runs just so; whether it had to be started."""
     component = process(layout, name)
     if component.runs_as(command):
@@ -36,20 +39,20 @@ def settings(layout: Layout, tools: Mapping[str, Path]) -> Settings:
     """The control plane's settings, with ports that it has or can have."""
     saved = state.load(layout.state)
     if saved.ports is None or not _usable(layout, saved.ports):
-        saved.ports = Ports(*controlplane.free_ports(4))
+        saved.ports = Ports(*ports.free_ports(4))
         state.save(layout.state, saved)
     return Settings(layout.state, layout.host_address, saved.ports, str(layout.service_network), tools)
 
 
-def _usable(layout: Layout, ports: Ports) -> bool:
+def _usable(layout: Layout, chosen: Ports) -> bool:
     """Whether each port is its component's or free to be so."""
     users = {
-        "etcd": (ports.etcd, ports.etcd_peer),
-        "kube-controller-manager": (ports.controller_manager,),
-        "kube-scheduler": (ports.scheduler,),
+        "etcd": (chosen.etcd, chosen.etcd_peer),
+        "kube-controller-manager": (chosen.controller_manager,),
+        "kube-scheduler": (chosen.scheduler,),
     }
     return all(
-        process(layout, name).running or all(controlplane.is_free(port, "127.0.0.1") for port in needed)
+        process(layout, name).running or all(ports.is_free(port, "127.0.0.1") for port in needed)
         for name, needed in users.items()
     )
 
@@ -57,7 +60,7 @@ def _usable(layout: Layout, ports: Ports) -> bool:
 def ensure_control_plane(layout: Layout, wanted: Settings) -> None:
     """etcd, apiserver, controller manager, scheduler and CoreDNS, in that order."""
     if not process(layout, "kube-apiserver").running:
-        controlplane.check_port(wanted.ports.apiserver, layout.host_address, "kube-apiserver")
+        ports.check_free(wanted.ports.apiserver, layout.host_address, "kube-apiserver")
     ensure_process(layout, "etcd", controlplane.etcd(wanted))
     controlplane.await_etcd(wanted)
     ensure_process(layout, "kube-apiserver", controlplane.apiserver(wanted))
@@ -68,34 +71,10 @@ def ensure_control_plane(layout: Layout, wanted: Settings) -> None:
     ensure_process(layout, "coredns", addons.coredns(layout, wanted.server, wanted.tools["coredns"]))
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class S3Access:
-    """How to reach a cluster's S3 server, from the host and from pods alike."""
-
-    host: str
-    port: int
-    access_key: str
-    secret_key: str
-    data_dir: Path
-
-    @property
-    def endpoint(self) -> str:
-        return f"http://{self.host}:{self.port}"
-
-    @property
-    def environment(self) -> dict[str, str]:
-        """What boto3 and the AWS command line read."""
-        return s3.client_environment(self.endpoint, self.access_key, self.secret_key)
-
-    def make_bucket(self, name: str) -> None:
-        """Make a bucket unless it is there."""
-        s3.make_bucket(self.host, self.port, name, self.access_key, self.secret_key)
-
-
 def s3_access(layout: Layout) -> S3Access | None:
     """The cluster's S3 server, if it was ever asked for."""
     secret = state.load(layout.state).s3_secret
-    return S3Access(layout.host_address, S3_PORT, S3_ACCESS_KEY, secret, layout.state / "s3") if secret else None
+    return S3Access(layout.host_address, S3_PORT, S3_ACCESS_KEY, secret) if secret else None
 
 
 def ensure_s3(layout: Layout, binary: Path) -> S3Access:
@@ -104,14 +83,11 @@ def ensure_s3(layout: Layout, binary: Path) -> S3Access:
     if saved.s3_secret is None:
         saved.s3_secret = secrets.token_urlsafe(24)
         state.save(layout.state, saved)
-    access = s3_access(layout)
-    assert access is not None
-    s3.check_folder(access.data_dir)
+    access = S3Access(layout.host_address, S3_PORT, S3_ACCESS_KEY, saved.s3_secret)
+    data = layout.state / "s3"
+    s3.check_folder(data)
     if not process(layout, "s3").running:
-        controlplane.check_port(access.port, access.host, "the S3 server")
-    command = s3.command_line(binary, access.data_dir, access.host, access.port)
-    ensure_process(layout, "s3", command, s3.keys(access.access_key, access.secret_key))
-    s3.await_health(access.host, access.port, process(layout, "s3"))
+        ports.check_free(access.port, access.host, "the S3 server")
+    ensure_process(layout, "s3", s3.command_line(binary, data, access), s3.root_keys(access))
+    access.await_health(process(layout, "s3"))
     return access
-
-

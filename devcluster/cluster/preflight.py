@@ -25,20 +25,30 @@ def check() -> None:
         )
     for what, folder in (("TRAINYARD_CACHE", cache_root()), ("TRAINYARD_STATE", state_root())):
         if str(folder.resolve()).startswith(_HIDDEN):
-            raise DevclusterError(f"{what} is {folder}, but nodes have their own {', '.join(_HIDDEN)}: choose another place")
+            raise DevclusterError(
+                f"{what} is {folder}, but nodes have their own {', '.join(_HIDDEN)}: choose another place"
+            )
         folder.mkdir(parents=True, exist_ok=True)
         if (free := shutil.disk_usage(folder).free) < 2 * _GIB:
-            raise DevclusterError(f"only {free / _GIB:.1f} GiB are free on the disk of {folder}: make that 2 at least")
+            raise DevclusterError(
+                f"only {free / _GIB:.1f} GiB are free on the disk of {folder}: make that 2 at least"
+            )
     debian.ensure(debian.NODE)
     _check_kernel()
 
 
 def _check_kernel() -> None:
     cgroups.hierarchies()
-    run("modprobe", "-qa", "overlay", "veth", "bridge", "nf_tables", check=False) if shutil.which("modprobe") else None
+    run("modprobe", "-qa", "overlay", "veth", "bridge", "nf_tables", check=False) if shutil.which(
+        "modprobe"
+    ) else None
     if "\toverlay\n" not in Path("/proc/filesystems").read_text():
-        raise DevclusterError("this kernel has no overlayfs, which containers' file systems need: modprobe overlay failed")
+        raise DevclusterError(
+            "this kernel has no overlayfs, which containers' file systems need: modprobe overlay failed"
+        )
     if run("nft", "list", "tables", check=False).returncode != 0:
         raise DevclusterError("this kernel has no nftables, which Services need: modprobe nf_tables failed")
     if not Path(nodeconfig.CNI_PLUGINS, "ptp").exists():
-        raise DevclusterError(f"no CNI plugins in {nodeconfig.CNI_PLUGINS}: install containernetworking-plugins")
+        raise DevclusterError(
+            f"no CNI plugins in {nodeconfig.CNI_PLUGINS}: install containernetworking-plugins"
+        )

@@ -52,7 +52,9 @@ def claim(name: str) -> Layout:
                 continue
             write(_record(index), json.dumps({"name": name, "state": str(layout.state)}))
             return layout
-    raise DevclusterError(f"all {MAX_CLUSTERS} blocks of addresses are taken, by clusters or by this machine's routes")
+    raise DevclusterError(
+        f"all {MAX_CLUSTERS} blocks of addresses are taken, by clusters or by this machine's routes"
+    )
 
 
 def release(layout: Layout) -> None:
@@ -75,7 +77,9 @@ def leftovers() -> list[str]:
             found.append(f"folder {layout.runtime}")
     states = {record["state"] for record in known.values()}
     if state_root().exists():
-        found += [f"folder {path}" for path in state_root().iterdir() if path.is_dir() and str(path) not in states]
+        found += [
+            f"folder {path}" for path in state_root().iterdir() if path.is_dir() and str(path) not in states
+        ]
     return found + _mounts() + _processes(known)
 
 
@@ -96,7 +100,11 @@ def _processes(known: dict[int, dict[str, str]]) -> list[str]:
             program = (folder / "exe").readlink()
         except OSError:
             continue
-        if str(program).startswith(programs) and int(folder.name) not in theirs and not _is_standalone(folder):
+        if (
+            str(program).startswith(programs)
+            and int(folder.name) not in theirs
+            and not _is_standalone(folder)
+        ):
             found.append(f"process {folder.name} ({program.name})")
     return found
 

@@ -11,6 +11,7 @@ from types import TracebackType
 from devcluster.cluster import controlplane
 from devcluster.cluster.controlplane import Ports, Settings
 from devcluster.gotools import build
+from devcluster.ports import free_ports
 from devcluster.proc import Process, run, stop_all
 from devcluster.progress import wait_for
 
@@ -39,9 +40,15 @@ class ControlPlane:
         return self.workdir / "logs" / "audit.log"
 
     @property
+    def settings(self) -> Settings:
+        """What the components were started with."""
+        if self._settings is None:
+            raise RuntimeError("the control plane is not started")
+        return self._settings
+
+    @property
     def server(self) -> str:
-        assert self._settings is not None, "not started"
-        return self._settings.server
+        return self.settings.server
 
     @property
     def env(self) -> dict[str, str]:
@@ -51,10 +58,12 @@ class ControlPlane:
     def start(self) -> None:
         """Start it and wait until objects can be made in the default namespace."""
         names = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
-        etcd, peer, manager, scheduler, apiserver = controlplane.free_ports(5)
+        etcd, peer, manager, scheduler, apiserver = free_ports(5)
         ports = Ports(etcd, peer, manager, scheduler, apiserver)
         self.workdir.mkdir(parents=True)
-        settings = self._settings = Settings(self.workdir, _HOST, ports, "10.255.0.0/24", build.ensure(*names))
+        settings = self._settings = Settings(
+            self.workdir, _HOST, ports, "10.255.0.0/24", build.ensure(*names)
+        )
         try:
             controlplane.prepare(settings)
             self._start("etcd", controlplane.etcd(settings))
@@ -68,13 +77,11 @@ class ControlPlane:
             raise
 
     def _start(self, name: str, command: list[object]) -> None:
-        assert self._settings is not None
-        self._settings.process(name).start(command, env=_MARK, dies_with_parent=True)
+        self.settings.process(name).start(command, env=_MARK, dies_with_parent=True)
 
     def _await_default_account(self) -> None:
         """The default service account is made by the controller manager: pods are refused until it is there."""
-        assert self._settings is not None
-        manager, api = self.process("kube-controller-manager"), self._settings.api()
+        manager, api = self.process("kube-controller-manager"), self.settings.api()
         path = "/api/v1/namespaces/default/serviceaccounts/default"
         wait_for(
             "waiting for the default service account",
@@ -87,13 +94,11 @@ class ControlPlane:
 
     def process(self, name: str) -> Process:
         """A component, to look at its log or to hurt it."""
-        assert self._settings is not None, "not started"
-        return self._settings.process(name)
+        return self.settings.process(name)
 
     def kubectl(self, *arguments: object, text: str | None = None) -> str:
         """Run kubectl and return what it prints."""
-        assert self._settings is not None, "not started"
-        kubectl = self._settings.tools["kubectl"]
+        kubectl = self.settings.tools["kubectl"]
         return run(kubectl, "--kubeconfig", self.kubeconfig, *arguments, text=text).stdout
 
     def stop(self) -> None:
@@ -113,5 +118,7 @@ class ControlPlane:
         self.start()
         return self
 
-    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None) -> None:
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
         self.stop()

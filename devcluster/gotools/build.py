@@ -24,14 +24,15 @@ from devcluster.progress import say
 
 HERE = Path(__file__).parent
 KUBERNETES = "1.35.4"
+_MAJOR, _MINOR, _ = KUBERNETES.split(".")
 _VERSION_PACKAGE = "k8s.io/component-base/version"
 # The components would otherwise call themselves v0.0.0-master+$Format:%H$, and clients do compare versions.
 _KUBERNETES_FLAGS = " ".join(
     f"-X {_VERSION_PACKAGE}.{key}={value}"
     for key, value in {
         "gitVersion": f"v{KUBERNETES}",
-        "gitMajor": KUBERNETES.split(".")[0],
-        "gitMinor": KUBERNETES.split(".")[1],
+        "gitMajor": _MAJOR,
+        "gitMinor": _MINOR,
         "gitTreeState": "clean",
         "gitCommit": "0000000000000000000000000000000000000000",
         "buildDate": "1970-01-01T00:00:00Z",
@@ -77,8 +78,8 @@ def ensure(*names: str) -> dict[str, Path]:
         raise ValueError(f"unknown tools {sorted(unknown)}: choose from {', '.join(TOOLS)}")
     found = {name: path for name in wanted if (path := _prebuilt(name))}
     if missing := [name for name in wanted if name not in found]:
-        go, version = toolchain.find() or (None, None)
-        found |= {name: path for name in missing if (path := _cached(name, version))}
+        go = toolchain.find()
+        found |= {name: path for name in missing if (path := _cached(name, go[1] if go else None))}
         if missing := [name for name in missing if name not in found]:
             found |= _build_all(missing)
     return {name: found[name] for name in wanted}
@@ -101,14 +102,18 @@ def pins(module: str) -> str:
     return digest.hexdigest()[:12]
 
 
+def _folder(module: str, version: str) -> str:
+    return f"{module}-{pins(module)}-{version}"
+
+
 def _bin(module: str, version: str) -> Path:
-    return cache_root() / "gotools" / f"{module}-{pins(module)}-{version}" / "bin"
+    return cache_root() / "gotools" / _folder(module, version) / "bin"
 
 
 def _cached(name: str, version: str | None) -> Path | None:
     """A program built before; on a machine without Go any version of Go will have done."""
     module = TOOLS[name].module
-    folders = [_bin(module, version)] if version else sorted(_bin(module, "*").parent.parent.glob(f"{module}-{pins(module)}-*/bin"))
+    folders = sorted((cache_root() / "gotools").glob(f"{_folder(module, version or '*')}/bin"))
     return next((folder / name for folder in folders if (folder / name).exists()), None)
 
 
@@ -146,7 +151,9 @@ def _build(name: str, target: Path, go: str, position: str) -> None:
             stdin=subprocess.DEVNULL,
         )
     except subprocess.CalledProcessError as error:
-        raise DevclusterError(f"building {name} failed (go build exited with {error.returncode}): see above") from None
+        raise DevclusterError(
+            f"building {name} failed (go build exited with {error.returncode}): see above"
+        ) from None
     except subprocess.TimeoutExpired:
         raise DevclusterError(f"building {name} did not end within 50 minutes") from None
     partial.replace(target)

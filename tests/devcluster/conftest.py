@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
 from devcluster.cluster import Cluster
 from devcluster.cluster.scratch import make_layout
 

@@ -13,7 +13,12 @@ def pod(cluster: Cluster, name: str, node: str, image: str, *command: str, **spe
     container = {"name": "c", "image": image, **({"command": list(command)} if command else {})}
     metadata = {"name": name, "labels": {"app": name}}
     body = {"nodeName": node, "terminationGracePeriodSeconds": 0, "containers": [container], **spec}
-    cluster.kubectl("apply", "-f", "-", text=json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}))
+    cluster.kubectl(
+        "apply",
+        "-f",
+        "-",
+        text=json.dumps({"apiVersion": "v1", "kind": "Pod", "metadata": metadata, "spec": body}),
+    )
 
 
 def await_pods(cluster: Cluster, *names: str) -> None:
@@ -34,7 +39,9 @@ def test_up_again_changes_nothing(cluster: Cluster) -> None:
 def test_scheduler_places_pods_on_both_nodes(cluster: Cluster) -> None:
     cluster.kubectl("create", "deployment", "spread", f"--image={PAUSE_IMAGE}", "--replicas=4")
     cluster.kubectl("wait", "--for=condition=Available", "deployment/spread", "--timeout=60s")
-    assert set(get(cluster, "pods -l app=spread", ".items[*].spec.nodeName").split()) == set(cluster.node_names)
+    assert set(get(cluster, "pods -l app=spread", ".items[*].spec.nodeName").split()) == set(
+        cluster.node_names
+    )
     cluster.kubectl("delete", "deployment", "spread")
 
 

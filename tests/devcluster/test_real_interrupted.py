@@ -21,7 +21,9 @@ NAME = "devtest-cut"
 def interrupted_up(seconds: float, how: signal.Signals, *, group: bool) -> None:
     """Start `up`, and after some time send a signal as a terminal would (group) or to the program alone."""
     command = [sys.executable, "-m", "devcluster.cluster", "up", "--name", NAME]
-    process = subprocess.Popen(command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        command, cwd=ROOT, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
     time.sleep(seconds)
     if group:
         os.killpg(process.pid, how)

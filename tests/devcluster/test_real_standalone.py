@@ -13,7 +13,7 @@ import pytest
 
 from devcluster.cluster import ControlPlane
 from devcluster.proc import start_time
-from devcluster.s3 import S3Server, request
+from devcluster.s3 import S3Server
 
 ROOT = Path(__file__).parents[2]
 
@@ -36,7 +36,11 @@ def test_controllers_run(control_plane: ControlPlane) -> None:
     control_plane.kubectl("create", "configmap", "owner")
     uid = control_plane.kubectl("get", "configmap", "owner", "-o", "jsonpath={.metadata.uid}")
     owner = {"apiVersion": "v1", "kind": "ConfigMap", "name": "owner", "uid": uid}
-    owned = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "owned", "ownerReferences": [owner]}}
+    owned = {
+        "apiVersion": "v1",
+        "kind": "ConfigMap",
+        "metadata": {"name": "owned", "ownerReferences": [owner]},
+    }
     control_plane.kubectl("create", "-f", "-", text=json.dumps(owned))
     control_plane.kubectl("delete", "configmap", "owner")
     control_plane.kubectl("wait", "--for=delete", "configmap/owned", "--timeout=30s")
@@ -74,8 +78,8 @@ def test_s3_server(tmp_path: Path) -> None:
         server.make_bucket("bucket")
         server.make_bucket("bucket")
         assert (tmp_path / "data" / "bucket").is_dir()
-        assert request(server.host, server.port, "GET", "/bucket")[0] == 403
-        assert request(server.host, server.port, "GET", "/bucket", server.access_key, server.secret_key)[0] == 200
+        assert server.access.request("GET", "/bucket", signed=False)[0] == 403
+        assert server.access.request("GET", "/bucket")[0] == 200
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 
 

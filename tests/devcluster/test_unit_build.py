@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+
 from devcluster.gotools import build, toolchain
 
 
@@ -38,7 +39,8 @@ def test_envtest_binaries_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 @pytest.mark.parametrize(
-    ("version", "enough"), [("go1.19.8", False), ("go1.25", True), ("go1.26.8", True), ("devel", False), (None, False)]
+    ("version", "enough"),
+    [("go1.19.8", False), ("go1.25", True), ("go1.26.8", True), ("devel", False), (None, False)],
 )
 def test_go_versions(version: str | None, enough: bool) -> None:
     assert toolchain.new_enough(version) is enough

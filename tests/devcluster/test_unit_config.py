@@ -6,6 +6,7 @@ import json
 import tomllib
 from pathlib import Path
 
+from devcluster import ports
 from devcluster.cluster import addons, controlplane, nodeconfig
 from devcluster.cluster.controlplane import Ports, Settings
 from devcluster.cluster.model import Layout
@@ -46,7 +47,10 @@ def test_dns_knows_the_cluster_before_it_denies_the_rest() -> None:
 
 def test_audit_policy_records_every_write() -> None:
     first = controlplane.AUDIT_POLICY["rules"][0]  # type: ignore[index]
-    assert first == {"level": "Metadata", "verbs": ["create", "update", "patch", "delete", "deletecollection"]}
+    assert first == {
+        "level": "Metadata",
+        "verbs": ["create", "update", "patch", "delete", "deletecollection"],
+    }
 
 
 def test_control_plane_listens_where_it_should(tmp_path: Path) -> None:
@@ -58,6 +62,6 @@ def test_control_plane_listens_where_it_should(tmp_path: Path) -> None:
 
 
 def test_free_ports_differ() -> None:
-    ports = controlplane.free_ports(20)
-    assert len(set(ports)) == 20
-    assert all(controlplane.is_free(port, "127.0.0.1") for port in ports)
+    found = ports.free_ports(20)
+    assert len(set(found)) == 20
+    assert all(ports.is_free(port, "127.0.0.1") for port in found)

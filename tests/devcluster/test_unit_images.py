@@ -8,6 +8,7 @@ import tarfile
 from pathlib import Path
 
 import pytest
+
 from devcluster.cluster.images import read_image, write_tar
 from devcluster.cluster.scratch import make_layout
 from devcluster.errors import DevclusterError

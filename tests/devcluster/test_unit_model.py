@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 
 import pytest
+
 from devcluster.cluster.model import BLOCK, MAX_CLUSTERS, MAX_NODES, Layout, number_of
 
 

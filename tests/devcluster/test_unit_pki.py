@@ -35,7 +35,10 @@ def test_nothing_is_made_twice_unless_it_must_say_something_else(tmp_path: Path)
     authority.ensure()
     before = (authority.certificate.read_bytes(), authority.issue("s", "u", addresses=["a"])[0].read_bytes())
     authority.ensure()
-    assert before == (authority.certificate.read_bytes(), authority.issue("s", "u", addresses=["a"])[0].read_bytes())
+    assert before == (
+        authority.certificate.read_bytes(),
+        authority.issue("s", "u", addresses=["a"])[0].read_bytes(),
+    )
     assert authority.issue("s", "u", addresses=["b"])[0].read_bytes() != before[1]
 
 
