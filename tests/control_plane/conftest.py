@@ -39,7 +39,9 @@ def _await_runs(server: Server) -> None:
     """Until the API serves runs. Not by `kubectl wait`, which fails on a CRD that has no conditions yet."""
     deadline = time.monotonic() + 30
     while (answer := server.request("GET", RUNS.format(namespace="default"))).code != 200:
-        assert time.monotonic() < deadline, f"trainingruns are not served 30 s after the CRD came: {answer.body}"
+        assert time.monotonic() < deadline, (
+            f"trainingruns are not served 30 s after the CRD came: {answer.body}"
+        )
         time.sleep(0.05)
 
 

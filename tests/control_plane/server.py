@@ -69,7 +69,9 @@ class Server:
         if user:
             headers["Impersonate-User"] = user
         url = f"{path}?{urlencode(query)}" if query else path
-        self._connection.request(method, url, body=None if body is None else json.dumps(body), headers=headers)
+        self._connection.request(
+            method, url, body=None if body is None else json.dumps(body), headers=headers
+        )
         response = self._connection.getresponse()
         text = response.read()
         warnings = tuple(response.headers.get_all("Warning") or ())

@@ -200,7 +200,7 @@ CREDENTIALS = (
 RESERVED_PATHS = (
     "/trainyard", "/trainyard/x", "/trainyard-script", "/trainyard-script/x", "/var/run/trainyard/token",
     "/var/run/secrets", "/var/run/secrets/kubernetes.io/serviceaccount", "/run/secrets/x", "/var/run", "/run",
-    "/var", "/proc", "/proc/self", "/sys", "/sys/fs", "/dev", "/dev/shm", "/tmp",
+    "/var", "/proc", "/proc/self", "/sys", "/sys/fs", "/dev", "/dev/shm",  # noqa: S108
 )  # fmt: skip
 BAD_PATHS = ("data", "", "/", "/a:b", "/a/../b", "/..", "/a/./b", "//a", "/a//b", "/a/", "/a\nb")
 
@@ -278,7 +278,9 @@ def test_mounts_over_what_we_use_are_refused(server: Server, path: str) -> None:
 
 @pytest.mark.parametrize("path", BAD_PATHS)
 def test_mount_paths_that_are_none_are_refused(server: Server, path: str) -> None:
-    assert_refused(refusal(server, volume(mountPath=path)), "spec.volumes[0].mountPath", "must be an absolute path")
+    assert_refused(
+        refusal(server, volume(mountPath=path)), "spec.volumes[0].mountPath", "must be an absolute path"
+    )
 
 
 @pytest.mark.parametrize("case", UNKNOWN)

@@ -57,6 +57,7 @@ MUTABLE: dict[str, dict[str, Any]] = {
     "all at once": {"suspend": True, "activeDeadlineSeconds": 1, "restartPolicy": {"noProgressLimit": 9}},
 }
 
+LOST = Cause(reason="PodLost", failure_class="infrastructure")
 STATUS = Status(
     observed_generation=1,
     phase=Phase.RUNNING,
@@ -73,7 +74,7 @@ STATUS = Status(
     restarts=Restarts(user=1, infrastructure=0, without_progress=0),
     root_cause=Cause(reason="WorkerFailed", failure_class="user", message="boom", rank=1, exit_code=-9, pod="digits-1-1"),
     attempts=[
-        AttemptStatus(attempt=1, start_time="2026-01-01T00:00:00.000001Z", cause=Cause(reason="PodLost", failure_class="infrastructure")),
+        AttemptStatus(attempt=1, start_time="2026-01-01T00:00:00.000001Z", cause=LOST),
         AttemptStatus(attempt=2, resumed_step=30, lost_steps=4, recovery_seconds=0.5, pods_created=0),
     ],
     start_time="2026-01-01T00:00:00Z",
@@ -81,7 +82,11 @@ STATUS = Status(
     conditions=[
         Condition(type="Running", status="True", reason="Training", last_transition_time="2026-01-01T00:00:00Z"),
         Condition(
-            type="Complete", status="False", reason="Created", last_transition_time="2026-01-01T00:00:00.5Z", observed_generation=1
+            type="Complete",
+            status="False",
+            reason="Created",
+            last_transition_time="2026-01-01T00:00:00.5Z",
+            observed_generation=1,
         ),
     ],
 )  # fmt: skip
@@ -103,7 +108,8 @@ def full_run(namespace: str, server: Server) -> str:
 
 def assert_immutable(answer: Answer, field: str) -> None:
     assert answer.code == 422, (answer.code, answer.message)
-    assert (f"spec.{field}", f"Invalid value: {field} cannot be changed, create a new run for that") in answer.causes, answer.causes
+    wanted = f"Invalid value: {field} cannot be changed, create a new run for that"
+    assert (f"spec.{field}", wanted) in answer.causes, answer.causes
 
 
 @pytest.mark.parametrize("field", CHANGES)
@@ -124,7 +130,9 @@ def test_script_cannot_become_a_command(run: str, server: Server) -> None:
 
 def test_parts_of_lists_cannot_be_changed(full_run: str, server: Server) -> None:
     patch = [{"op": "add", "path": "/spec/env/-", "value": {"name": "B"}}]
-    assert_immutable(server.request("PATCH", full_run, patch, content_type="application/json-patch+json"), "env")
+    assert_immutable(
+        server.request("PATCH", full_run, patch, content_type="application/json-patch+json"), "env"
+    )
 
 
 @pytest.mark.parametrize("case", MUTABLE)
@@ -176,7 +184,9 @@ def test_the_status_keeps_every_field(run: str, server: Server) -> None:
 def test_the_first_status_of_all_is_accepted(run: str, server: Server) -> None:
     """All defaults of the dataclasses, as when nothing was started yet."""
     status = Status(phase=Phase.PENDING)
-    answer = server.request("PATCH", f"{run}/status", {"status": status.to_json()}, query={"fieldValidation": "Strict"})
+    answer = server.request(
+        "PATCH", f"{run}/status", {"status": status.to_json()}, query={"fieldValidation": "Strict"}
+    )
     assert answer.code == 200, answer.message
     assert Status.from_json(answer.body["status"]) == status
 
@@ -194,7 +204,9 @@ def test_the_first_status_of_all_is_accepted(run: str, server: Server) -> None:
 def test_a_bad_status_is_refused(run: str, server: Server, field: str, value: Any) -> None:
     answer = server.request("PATCH", f"{run}/status", {"status": {field: value}})
     assert answer.code == 422
-    assert all(name.startswith(f"status.{field}") for name, _ in answer.causes if name != "<nil>"), answer.causes
+    assert all(name.startswith(f"status.{field}") for name, _ in answer.causes if name != "<nil>"), (
+        answer.causes
+    )
 
 
 def test_a_stale_status_write_conflicts(run: str, server: Server) -> None:
