@@ -122,11 +122,14 @@ class KopfHost:
 
     def alive(self) -> str:
         """A health check: empty, or what is wrong."""
-        return "" if self._thread.is_alive() or self._stopping.is_set() else "the thread of kopf has ended"
+        expected = self._thread.ident is not None and not self._stopping.is_set()
+        return "the thread of kopf has ended" if expected and not self._thread.is_alive() else ""
 
     async def stop(self) -> None:
         """Ends kopf; waits at most JOIN_SECONDS (the thread is a daemon and cannot hold the process)."""
         self._stopping.set()
+        if self._thread.ident is None:
+            return
         loop, stop = self._loop, self._stop
         if loop is not None and stop is not None:
             try:

@@ -2,7 +2,7 @@
 
 Names are controller-runtime's where it has them, so that existing dashboards and alerts work. No counter
 has a label that grows with the number of runs; what is said of a single run comes from the live cache at the
-time of the scrape (`run_metrics.py`), so it is gone when the run is.
+time of the scrape (`collectors.py`), so it is gone when the run is.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Metrics:
         controller = ("controller",)
         self.reconciles = self._counter(
             "controller_runtime_reconcile_total",
-            "Reconciles by result: success, requeue_after or error.",
+            "Reconciles by result: success, requeue (the object had changed meanwhile) or error.",
             (*controller, "result"),
         )
         self.reconcile_seconds = self._histogram(
@@ -72,18 +72,6 @@ class Metrics:
             "Duration of requests to the API server (of a watch: until its first byte).",
             FAST,
             ("verb", "resource"),
-        )
-        self.watch_restarts = self._counter(
-            "trainyard_watch_restarts_total", "Watches started again, by cause.", ("resource", "reason")
-        )
-        self.watch_last_event = self._gauge(
-            "trainyard_watch_last_event_timestamp_seconds",
-            "Unix time of the last event or bookmark of a watch.",
-            ("resource",),
-        )
-        self.cache_objects = self._gauge("trainyard_cache_objects", "Objects in a cache.", ("resource",))
-        self.events_dropped = self._counter(
-            "trainyard_events_dropped_total", "Events that could not be posted."
         )
         # ---- process
         self.loop_lag = self._histogram(
@@ -114,6 +102,20 @@ class Metrics:
             "trainyard_lost_steps_total", "Optimizer steps that had to be taken again after failures."
         )
 
+    def queue(self) -> QueueMeter:
+        """What a `WorkQueue` reports to."""
+        return QueueMeter(self)
+
+    def api_request(self, verb: str, resource: str, code: str, seconds: float) -> None:
+        """A `kube.session.Observer`."""
+        self.api_requests.labels(verb, resource, code).inc()
+        self.api_seconds.labels(verb, resource).observe(seconds)
+
+    def reconciled(self, result: str, seconds: float) -> None:
+        """One reconcile ended: success, requeue or error."""
+        self.reconciles.labels(CONTROLLER, result).inc()
+        self.reconcile_seconds.labels(CONTROLLER).observe(seconds)
+
     def _note(self, name: str, kind: str, text: str, labels: tuple[str, ...]) -> None:
         self.described.append(Described(name, kind, labels, text))
 
@@ -130,3 +132,29 @@ class Metrics:
     ) -> Histogram:
         self._note(name, "histogram", text, labels)
         return Histogram(name, text, labels, buckets=buckets, registry=self.registry)
+
+
+class QueueMeter:
+    """Implements `workqueue.QueueMetrics`."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._depth = metrics.queue_depth.labels(CONTROLLER)
+        self._adds = metrics.queue_adds.labels(CONTROLLER)
+        self._retries = metrics.queue_retries.labels(CONTROLLER)
+        self._wait = metrics.queue_wait.labels(CONTROLLER)
+        self._work = metrics.queue_work.labels(CONTROLLER)
+
+    def depth(self, count: int) -> None:
+        self._depth.set(count)
+
+    def added(self) -> None:
+        self._adds.inc()
+
+    def retried(self) -> None:
+        self._retries.inc()
+
+    def queued(self, seconds: float) -> None:
+        self._wait.observe(seconds)
+
+    def worked(self, seconds: float) -> None:
+        self._work.observe(seconds)

@@ -15,6 +15,7 @@ from trainyard_operator.clock import Clock
 WATCH_SECONDS = 180.0
 """A watch that brought no event and no bookmark for so long is dead: the API server sends a bookmark about
 every minute (KEP-956)."""
+API_SECONDS = 60.0
 WORKER_SECONDS = 120.0
 LAG_SECONDS = 10.0
 
@@ -30,25 +31,33 @@ class Checks:
     ready: Mapping[str, Check]
 
 
-def watches_live(last_heard: Callable[[], Mapping[str, float]], clock: Clock) -> Check:
-    """`last_heard`: by resource the monotonic time of the newest event, bookmark or list."""
+def watches_live(
+    last_heard: Callable[[], Mapping[str, float]], api_answered: Callable[[], float], clock: Clock
+) -> Check:
+    """`last_heard`: by resource the monotonic time of the newest event, bookmark or list.
+
+    With an API server that answers nothing at all (`api_answered`: the monotonic time of its last answer) the
+    check passes: starting this process again could not help, and would forget what agents said.
+    """
 
     def check() -> str:
         now = clock.monotonic()
+        if now - api_answered() > API_SECONDS:
+            return ""
         silent = {n: now - t for n, t in last_heard().items() if now - t > WATCH_SECONDS}
         return ", ".join(f"nothing from the watch of {n} for {age:.0f} s" for n, age in silent.items())
 
     return check
 
 
-def workers_live(oldest: Callable[[], tuple[str, float] | None]) -> Check:
-    """`oldest`: what is being reconciled for the longest time, and that time in seconds."""
+def workers_live(longest: Callable[[], float], in_flight: Callable[[], Iterable[object]]) -> Check:
+    """`longest`: seconds for which the slowest reconcile has been running; `in_flight`: what is reconciled."""
 
     def check() -> str:
-        found = oldest()
-        if found is None or found[1] <= WORKER_SECONDS:
+        age = longest()
+        if age <= WORKER_SECONDS:
             return ""
-        return f"reconciling {found[0]} for {found[1]:.0f} s"
+        return f"a reconcile runs for {age:.0f} s, one of: {', '.join(sorted(map(str, in_flight())))[:500]}"
 
     return check
 

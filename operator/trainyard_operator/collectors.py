@@ -1,12 +1,13 @@
-"""Metrics about runs: gauges read from the cache at each scrape, counters fed by what changes in a status."""
+"""Metrics that are read from live state at each scrape, and counters fed by what changes in a status."""
 
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
-from prometheus_client.core import GaugeMetricFamily
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
 from trainyard_api.contract import ConditionType, Phase
@@ -70,6 +71,73 @@ def _number(status: Any, path: str) -> float | None:
     for key in path.split("."):
         status = status.get(key) if isinstance(status, dict) else None
     return float(status) if isinstance(status, int | float) else None
+
+
+@dataclass(frozen=True, slots=True)
+class Watched:
+    """State of the watches of one resource (one for each namespace, if not all are watched)."""
+
+    objects: int
+    last_heard: float
+    """Unix seconds of the last event, bookmark or list; of the quietest watch."""
+    restarts: Mapping[str, int]
+    """By reason."""
+
+
+@dataclass(frozen=True, slots=True)
+class Internals:
+    """What `InternalsCollector` shows."""
+
+    watched: Mapping[str, Watched]
+    """By resource."""
+    events: Mapping[str, int]
+    """By result: posted, aggregated, dropped, failed."""
+    kopf_starts: int
+
+
+INTERNALS = {
+    "trainyard_cache_objects": ("gauge", "Objects in a cache.", ("resource",)),
+    "trainyard_watch_last_event_timestamp_seconds": (
+        "gauge",
+        "Unix time of the last event, bookmark or list of a resource's quietest watch.",
+        ("resource",),
+    ),
+    "trainyard_watch_restarts_total": ("counter", "Watches that ended, by reason.", ("resource", "reason")),
+    "trainyard_events_total": (
+        "counter",
+        "Kubernetes Events: posted, aggregated into a series, dropped (the buffer was full) or failed.",
+        ("result",),
+    ),
+    "trainyard_kopf_starts_total": ("counter", "Starts of kopf; more than one means that it failed.", ()),
+}
+"""Name -> (type, help text, labels)."""
+
+
+class InternalsCollector(Collector):
+    """Caches, watches, Events and kopf: their own counters, without a second copy of them."""
+
+    def __init__(self, internals: Callable[[], Internals]) -> None:
+        self._internals = internals
+
+    def describe(self) -> list[GaugeMetricFamily | CounterMetricFamily]:
+        """Without samples."""
+        return [
+            (GaugeMetricFamily if kind == "gauge" else CounterMetricFamily)(name, text, labels=labels)
+            for name, (kind, text, labels) in INTERNALS.items()
+        ]
+
+    def collect(self) -> Iterator[Metric]:
+        now = self._internals()
+        objects, heard, restarts, events, kopf = self.describe()
+        for resource, watched in now.watched.items():
+            objects.add_metric([resource], watched.objects)
+            heard.add_metric([resource], watched.last_heard)
+            for reason, count in watched.restarts.items():
+                restarts.add_metric([resource, reason], count)
+        for result, count in now.events.items():
+            events.add_metric([result], count)
+        kopf.add_metric([], now.kopf_starts)
+        yield from (objects, heard, restarts, events, kopf)
 
 
 def count_changes(metrics: Metrics, old: Object | None, new: Object) -> None:
