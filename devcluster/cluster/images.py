@@ -28,6 +28,7 @@ _NAME = "org.opencontainers.image.ref.name"
 _FULL_NAME = "io.containerd.image.name"
 # Unpacking gigabytes on a busy machine is slow, but not this slow.
 _IMPORT_SECONDS = 900
+_WORTH_ADOPTING = 4 << 20
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,7 +48,7 @@ class Image:
 
 
 def read_image(layout: Path, ref: str) -> Image:
-    """The image in the layout that has this name, or its tag for a name, or is the only one."""
+    """The image in the layout that has this name, or its tag for a name, or is the only one (under however many names)."""
     try:
         manifests = json.loads((layout / "index.json").read_text())["manifests"]
     except (OSError, ValueError, KeyError) as error:
@@ -58,7 +59,7 @@ def read_image(layout: Path, ref: str) -> Image:
     named = [entry for entry in manifests if entry.get("annotations", {}).get(_NAME) in {ref, tag}]
     # An image that is pushed anew is appended: the last one is meant.
     chosen = named or manifests
-    if not chosen or (not named and len(manifests) > 1):
+    if not chosen or (not named and len({entry["digest"] for entry in manifests}) > 1):
         names = [entry.get("annotations", {}).get(_NAME) for entry in manifests]
         raise DevclusterError(f"{layout} holds {names}, none of which is {ref!r} or {tag!r}")
     descriptor = chosen[-1]
@@ -95,7 +96,7 @@ def write_tar(image: Image, ref: str, digests: Iterable[str], out: IO[bytes]) ->
 
 
 def load(machine: NodeMachine, image: Image, ref: str) -> int | None:
-    """Bring an image to a node; returns the bytes that were sent, or None when the node had it."""
+    """Bring an image to a node; returns the bytes that were copied to it, or None when the node had it."""
     listed = machine.ctr("images", "list", f"name=={ref}").stdout.splitlines()
     if any(line.split()[0] == ref and image.digest in line.split() for line in listed[1:]):
         return None
@@ -104,7 +105,37 @@ def load(machine: NodeMachine, image: Image, ref: str) -> int | None:
     # Always sent, since containerd wants to see a manifest in the archive that it imports.
     if image.digest not in lacking:
         lacking.insert(0, image.digest)
-    return _import(machine, image, ref, lacking)
+    adopted = [digest for digest in lacking if digest != image.digest and _adopt(machine, image, digest)]
+    sent = [digest for digest in lacking if digest not in adopted]
+    try:
+        return _import(machine, image, ref, sent)
+    except DevclusterError:
+        if not adopted:
+            raise
+        # Nothing refers to an adopted blob before the import: containerd may have cleaned it up.
+        return _import(machine, image, ref, lacking)
+
+
+def _adopt(machine: NodeMachine, image: Image, digest: str) -> bool:
+    """Have the node's containerd take over a large blob as a hard link, so that a gigabyte need not be copied to it.
+
+    When a blob lies in containerd's folder already and its digest is announced, containerd merely notes that it is
+    there. What its layers hold is still checked by the unpacking. Without a common disk it is an ordinary copy.
+    """
+    blob = image.blob(digest)
+    if blob.stat().st_size < _WORTH_ADOPTING:
+        return False
+    folder = machine.node.images / "io.containerd.content.v1.content" / "blobs" / "sha256"
+    with contextlib.suppress(OSError):
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / digest.removeprefix("sha256:")).hardlink_to(blob)
+    expected = [f"--expected-digest={digest}", f"--expected-size={blob.stat().st_size}"]
+    with blob.open("rb") as file:
+        command = machine.ctr_command("content", "ingest", *expected, f"adopt-{digest}")
+        done = subprocess.run(
+            command, stdin=file, capture_output=True, env=environment(), timeout=_IMPORT_SECONDS, check=False
+        )
+    return done.returncode == 0
 
 
 def _import(machine: NodeMachine, image: Image, ref: str, digests: list[str]) -> int:

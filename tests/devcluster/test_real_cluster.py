@@ -99,7 +99,7 @@ def test_images_are_sent_once(cluster: Cluster, toolbox: str, tmp_path: object) 
 
     base, folder = {"base": b"x" * 20_000_000}, Path(str(tmp_path))
     first = cluster.load_image(make_layout(folder, [base, {"v": b"1"}], ["/v"]), "test.local/layers:1")
-    assert all(sent is not None and sent > 20_000_000 for sent in first.values())
+    assert all(sent is not None and sent < 100_000 for sent in first.values())
     again = cluster.load_image(folder, "test.local/layers:1")
     assert set(again.values()) == {None}
     changed = cluster.load_image(make_layout(folder, [base, {"v": b"2"}], ["/v"]), "test.local/layers:1")

@@ -50,14 +50,20 @@ def rename(layout: Path, names: list[str | None]) -> None:
     (layout / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("names", [[None], ["other"], ["1", "2"], ["r.local/x:1", "2"], ["1", "1"]])
+@pytest.mark.parametrize("names", [[None], ["other"], ["1", "2"], ["r.local/x:1", "2"], ["1", "1"], ["2", "3"]])
 def test_images_are_found_by_reference_tag_or_being_alone(tmp_path: Path, names: list[str | None]) -> None:
     rename(make_layout(tmp_path, [{"a": b""}], ["/a"]), names)
     assert read_image(tmp_path, "r.local/x:1").blobs
 
 
 def test_an_image_that_is_not_there_is_said_so(tmp_path: Path) -> None:
-    rename(make_layout(tmp_path, [{"a": b""}], ["/a"]), ["2", "3"])
+    entries = []
+    for name in ("2", "3"):
+        make_layout(tmp_path, [{name: b""}], ["/a"])
+        (entry,) = json.loads((tmp_path / "index.json").read_text())["manifests"]
+        entries.append(entry | {"annotations": {NAME: name}})
+    (tmp_path / "index.json").write_text(json.dumps({"manifests": entries}))
+    assert read_image(tmp_path, "r.local/x:3").digest == entries[1]["digest"]
     with pytest.raises(DevclusterError, match="none of which"):
         read_image(tmp_path, "r.local/x:1")
     with pytest.raises(DevclusterError, match="not an OCI image layout"):
