@@ -10,13 +10,24 @@ from trainyard_operator.plan.membership import State
 from trainyard_operator.plan.times import parse
 from trainyard_operator.plan.view import View
 
+CLOCK_STEP = 0.001
+"""Seconds; the status holds times in microseconds, rounded."""
+
 
 def may_run(view: View) -> bool:
-    """Whether the gang can be told to run now: all up and warm, and the back-off has passed."""
-    warm = all(
-        slot.state is State.UP and slot.beat is not None and slot.beat.ready for slot in view.gang.slots
+    """Whether the gang can be told to run now: all up and warm, and the back-off has passed.
+
+    Each must have spoken since the attempt was decided. The HOLD of a new attempt makes a live agent speak at
+    once; one that died together with the one before is found out here instead of costing another attempt.
+    """
+    decided = (parse(view.entry.start_time) or 0.0) - CLOCK_STEP
+    return view.now >= not_before(view) and all(
+        slot.state is State.UP
+        and slot.member is not None
+        and slot.member.beat.ready
+        and slot.member.received >= decided
+        for slot in view.gang.slots
     )
-    return warm and view.now >= not_before(view)
 
 
 def not_before(view: View) -> float:

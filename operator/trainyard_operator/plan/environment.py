@@ -101,5 +101,5 @@ def _reserved(name: str) -> bool:
 
 
 def _literal(value: str) -> str:
-    """The kubelet expands `$(NAME)` in values; ours are literal (Kubernetes, third_party/.../expansion)."""
-    return value.replace("$(", "$$(")
+    """The kubelet expands `$(NAME)` and makes `$` of `$$`; ours are literal (k8s third_party/.../expansion)."""
+    return value.replace("$", "$$")

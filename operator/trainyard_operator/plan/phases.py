@@ -10,7 +10,7 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from trainyard_api.contract import OPERATOR_NAME, ConditionType, Phase, Reason
-from trainyard_api.v1alpha1 import Status
+from trainyard_api.v1alpha1 import Cause, Status
 from trainyard_operator.plan import attempts, directives, status
 from trainyard_operator.plan.deadlines import Soonest, look_again, overdue
 from trainyard_operator.plan.endings import completed, fail, finished
@@ -134,12 +134,19 @@ def _story(view: View, root: Finding) -> str:
     """What happened, where, and what it said."""
     cause = root.cause
     code = "" if cause.exit_code is None else f" ({_ending(cause.exit_code)})"
-    where = [f"rank {cause.rank}" if cause.rank is not None else "", f"pod {cause.pod}" if cause.pod else ""]
+    where = [
+        f"rank {cause.rank}" if cause.rank is not None else "",
+        f"pod {cause.pod}" if cause.pod else _member(cause),
+    ]
     where.append(f"node {cause.node}" if cause.node else "")
     place = ", ".join(part for part in where if part)
     said = ": ".join(part for part in (cause.exception, cause.message) if part)
     text = f"Attempt {view.attempt} failed: {cause.reason}{code}"
     return clean(text + (f" on {place}" if place else "") + (f": {said}" if said else ""), 800)
+
+
+def _member(cause: Cause) -> str:
+    return f"member {cause.node_index}" if cause.node_index is not None else ""
 
 
 def _ending(code: int) -> str:
