@@ -1,0 +1,56 @@
+"""Trainyard's training library: PyTorch Lightning's API on plain torch, with checkpoints that survive anything.
+
+    import trainyard as L
+
+Names are imported when first used (PEP 562), so that `trainyard.checkpoint` and `trainyard.elastic` do not cost the
+seconds that torch takes.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainyard.callbacks.base import Callback
+    from trainyard.checkpoint.config import CheckpointConfig
+    from trainyard.data.module import LightningDataModule
+    from trainyard.data.module import LightningDataModule as DataModule
+    from trainyard.module import LightningModule
+    from trainyard.module import LightningModule as Module
+    from trainyard.reproducibility import seed_everything
+    from trainyard.trainer import Trainer
+
+_WHERE = {
+    "Callback": ("trainyard.callbacks.base", "Callback"),
+    "CheckpointConfig": ("trainyard.checkpoint.config", "CheckpointConfig"),
+    "DataModule": ("trainyard.data.module", "LightningDataModule"),
+    "LightningDataModule": ("trainyard.data.module", "LightningDataModule"),
+    "LightningModule": ("trainyard.module", "LightningModule"),
+    "Module": ("trainyard.module", "LightningModule"),
+    "Trainer": ("trainyard.trainer", "Trainer"),
+    "seed_everything": ("trainyard.reproducibility", "seed_everything"),
+}
+
+__all__ = [
+    "Callback",
+    "CheckpointConfig",
+    "DataModule",
+    "LightningDataModule",
+    "LightningModule",
+    "Module",
+    "Trainer",
+    "seed_everything",
+]
+
+
+def __getattr__(name: str) -> Any:
+    try:
+        module, attribute = _WHERE[name]
+    except KeyError:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}") from None
+    return globals().setdefault(name, getattr(import_module(module), attribute))
+
+
+def __dir__() -> list[str]:
+    return sorted([*globals(), *__all__])

@@ -1,0 +1,50 @@
+"""Batches of any shape: dicts, lists, tuples, dataclasses of tensors."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from typing import Any
+
+
+def to_device(batch: Any, device: Any) -> Any:
+    """A copy of `batch` with its tensors on `device`; what has a `to` of its own is asked to move itself."""
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        return batch if batch.device == device else batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        moved = {k: to_device(v, device) for k, v in batch.items()}
+        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
+        return type(batch)(*(to_device(v, device) for v in batch))
+    if isinstance(batch, list | tuple):
+        return type(batch)(to_device(v, device) for v in batch)
+    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        return dataclasses.replace(
+            batch, **{f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+        )
+    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+
+
+def size_of(batch: Any) -> int:
+    """Length of the first tensor's first dimension (Lightning's rule); 1 if there is none."""
+    for tensor in _tensors(batch):
+        return tensor.size(0) if tensor.ndim else 1
+    return 1
+
+
+def _tensors(batch: Any) -> Iterator[Any]:
+    import torch
+
+    if isinstance(batch, torch.Tensor):
+        yield batch
+    elif isinstance(batch, dict):
+        for value in batch.values():
+            yield from _tensors(value)
+    elif isinstance(batch, list | tuple):
+        for value in batch:
+            yield from _tensors(value)
+    elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
+        for field in dataclasses.fields(batch):
+            yield from _tensors(getattr(batch, field.name))

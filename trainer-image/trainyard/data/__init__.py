@@ -1,0 +1,1 @@
+"""Data modules, and the feed that makes a data position independent of the world size."""

@@ -1,0 +1,70 @@
+"""Hooks that a module or a data module may override. All do nothing, as Lightning's do."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class DataHooks:
+    """In modules and data modules. If both have one, the data module's is used."""
+
+    def prepare_data(self) -> None:
+        """Download and the like: on local rank 0 of each node (or on rank 0 alone), before `setup`."""
+
+    def setup(self, stage: str) -> None:
+        """On every rank. `stage` is "fit"."""
+
+    def teardown(self, stage: str) -> None:
+        """On every rank, last."""
+
+    def train_dataloader(self) -> Any:
+        """A DataLoader, or anything that can be iterated."""
+        raise NotImplementedError
+
+    def val_dataloader(self) -> Any:
+        """One loader or a list of them."""
+        raise NotImplementedError
+
+    def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+    def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        from trainyard.batches import to_device
+
+        return to_device(batch, device)
+
+    def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        return batch
+
+
+class ModelHooks:
+    """In modules, in the order in which they are called."""
+
+    def on_fit_start(self) -> None: ...
+    def on_train_start(self) -> None: ...
+    def on_train_epoch_start(self) -> None: ...
+    def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
+        """-1 skips the rest of the epoch."""
+        return None
+
+    def on_before_zero_grad(self, optimizer: Any) -> None: ...
+    def on_before_backward(self, loss: Any) -> None: ...
+    def on_after_backward(self) -> None: ...
+    def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+    def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
+    def on_validation_model_eval(self) -> None: ...
+    def on_validation_start(self) -> None: ...
+    def on_validation_epoch_start(self) -> None: ...
+    def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_batch_end(self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_validation_epoch_end(self) -> None: ...
+    def on_validation_end(self) -> None: ...
+    def on_validation_model_train(self) -> None: ...
+    def on_train_epoch_end(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_fit_end(self) -> None: ...
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Add to `checkpoint` what `on_load_checkpoint` wants back: tensors and primitives."""
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Before the weights are loaded."""

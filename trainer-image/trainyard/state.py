@@ -1,0 +1,44 @@
+"""Where a run is: everything that the loop itself must remember to go on exactly."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from trainyard_api.checkpoints import Cursor
+
+
+@dataclass(slots=True)
+class LoopState:
+    """Bit-identical resume means: this, the weights, the optimizers', schedulers' and callbacks' states, and each rank's
+    generators, all taken at one point between two steps, lead to the same weights as if nothing had happened."""
+
+    epoch: int = 0
+    """Epochs completed."""
+    samples: int = 0
+    """Of this epoch already used, over all ranks."""
+    batches: int = 0
+    """Of this epoch already used."""
+    step: int = 0
+    """Optimizer steps since the start of the run."""
+    seed: int = 0
+    """Of the data order."""
+
+    @property
+    def cursor(self) -> Cursor:
+        return Cursor(epoch=self.epoch, samples=self.samples, seed=self.seed)
+
+    @property
+    def mid_epoch(self) -> bool:
+        return self.samples > 0
+
+    def next_epoch(self) -> None:
+        self.epoch += 1
+        self.samples = self.batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_state(cls, state: dict[str, Any]) -> LoopState:
+        return cls(**{k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__})
