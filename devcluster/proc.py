@@ -25,6 +25,8 @@ mv "$2.new" "$2"
 shift 3
 exec "$@"
 """
+# In the environment of processes whose parent looks after them: nobody else should.
+GUARDED = "TRAINYARD_DIES_WITH_PARENT"
 _PROXIES = ("http_proxy", "https_proxy", "all_proxy", "no_proxy")
 
 
@@ -86,6 +88,7 @@ class Process:
         self.record.parent.mkdir(parents=True, exist_ok=True)
         self.log.parent.mkdir(parents=True, exist_ok=True)
         self.record.unlink(missing_ok=True)
+        extra = dict(env or {}) | ({GUARDED: "1"} if dies_with_parent else {})
         # setpriv: a preexec_fn would do as well, were it not unsafe as soon as the starter has threads.
         guard = ["setpriv", "--pdeathsig", "KILL"] if dies_with_parent else []
         procs = str(cgroup / "cgroup.procs") if cgroup else "-"
@@ -105,7 +108,7 @@ class Process:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                env=environment(env),
+                env=environment(extra),
                 start_new_session=True,
                 cwd="/",
             )

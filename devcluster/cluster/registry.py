@@ -15,6 +15,7 @@ from devcluster.errors import DevclusterError
 from devcluster.filelock import locked
 from devcluster.paths import RUNTIME, cache_root, nodes_cache, state_root
 from devcluster.pki import write
+from devcluster.proc import GUARDED
 
 
 def _record(index: int) -> Path:
@@ -100,18 +101,16 @@ def _processes(known: dict[int, dict[str, str]]) -> list[str]:
             program = (folder / "exe").readlink()
         except OSError:
             continue
-        if (
-            str(program).startswith(programs)
-            and int(folder.name) not in theirs
-            and not _is_standalone(folder)
-        ):
+        if str(program).startswith(programs) and int(folder.name) not in theirs and not _is_guarded(folder):
             found.append(f"process {folder.name} ({program.name})")
     return found
 
 
-def _is_standalone(folder: Path) -> bool:
-    """Whether a process belongs to a control plane without nodes, which its own parent looks after."""
+def _is_guarded(folder: Path) -> bool:
+    """Whether a process belongs to a test which looks after it, or runs in the foreground as kubectl does."""
     try:
-        return b"TRAINYARD_STANDALONE=" in (folder / "environ").read_bytes()
+        if (folder / "exe").readlink().name == "kubectl":
+            return True
+        return f"{GUARDED}=".encode() in (folder / "environ").read_bytes()
     except OSError:
         return True

@@ -16,7 +16,6 @@ from devcluster.proc import Process, run, stop_all
 from devcluster.progress import wait_for
 
 _HOST = "127.0.0.1"
-_MARK = {"TRAINYARD_STANDALONE": "1"}
 
 
 class ControlPlane:
@@ -77,7 +76,7 @@ class ControlPlane:
             raise
 
     def _start(self, name: str, command: list[object]) -> None:
-        self.settings.process(name).start(command, env=_MARK, dies_with_parent=True)
+        self.settings.process(name).start(command, dies_with_parent=True)
 
     def _await_default_account(self) -> None:
         """The default service account is made by the controller manager: pods are refused until it is there."""

@@ -50,7 +50,9 @@ def rename(layout: Path, names: list[str | None]) -> None:
     (layout / "index.json").write_text(json.dumps(index))
 
 
-@pytest.mark.parametrize("names", [[None], ["other"], ["1", "2"], ["r.local/x:1", "2"], ["1", "1"], ["2", "3"]])
+@pytest.mark.parametrize(
+    "names", [[None], ["other"], ["1", "2"], ["r.local/x:1", "2"], ["1", "1"], ["2", "3"]]
+)
 def test_images_are_found_by_reference_tag_or_being_alone(tmp_path: Path, names: list[str | None]) -> None:
     rename(make_layout(tmp_path, [{"a": b""}], ["/a"]), names)
     assert read_image(tmp_path, "r.local/x:1").blobs
