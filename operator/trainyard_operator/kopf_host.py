@@ -36,7 +36,7 @@ FIRST_BACKOFF = 1.0
 LAST_BACKOFF = 60.0
 STABLE_SECONDS = 120.0
 """A kopf that ran for so long starts again with the first back-off."""
-JOIN_SECONDS = 2.0
+JOIN_SECONDS = 1.0
 
 Connect = Callable[[], Awaitable[tuple[str, aiohttp.ClientSession]]]
 """Opens a session to the API server in the current loop: its URL, and the session. kopf closes it."""
@@ -110,6 +110,7 @@ class KopfHost:
         self._home: asyncio.AbstractEventLoop | None = None
         self._loop: asyncio.AbstractEventLoop | None = None
         self._stop: asyncio.Event | None = None
+        self._task: asyncio.Task[Any] | None = None
         self._stopping = threading.Event()
         self._thread = threading.Thread(target=self._main, name="kopf", daemon=True)
         self.starts = 0
@@ -126,19 +127,26 @@ class KopfHost:
         return "the thread of kopf has ended" if expected and not self._thread.is_alive() else ""
 
     async def stop(self) -> None:
-        """Ends kopf; waits at most JOIN_SECONDS (the thread is a daemon and cannot hold the process)."""
+        """Asks kopf to end, then cancels it; waits JOIN_SECONDS each time (the thread cannot hold the process)."""
         self._stopping.set()
         if self._thread.ident is None:
             return
-        loop, stop = self._loop, self._stop
-        if loop is not None and stop is not None:
-            try:
-                loop.call_soon_threadsafe(stop.set)
-            except RuntimeError:  # the loop is closed: kopf has ended
+        for end in (self._ask_to_end, self._cancel):
+            with contextlib.suppress(RuntimeError):  # its loop is closed: kopf has ended
+                end()
+            await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
+            if not self._thread.is_alive():
                 return
-        await asyncio.to_thread(self._thread.join, JOIN_SECONDS)
-        if self._thread.is_alive():
-            log.warning("kopf did not stop within %.0f s", JOIN_SECONDS)
+        log.warning("kopf did not stop within %.0f s", 2 * JOIN_SECONDS)
+
+    def _ask_to_end(self) -> None:
+        if self._loop is not None and self._stop is not None:
+            self._loop.call_soon_threadsafe(self._stop.set)
+
+    def _cancel(self) -> None:
+        """kopf waits 5 s for tasks that it calls hung; it does not when it is cancelled."""
+        if self._loop is not None and self._task is not None:
+            self._loop.call_soon_threadsafe(self._task.cancel)
 
     # ---- in the thread ------------------------------------------------------------------------------
 
@@ -146,11 +154,14 @@ class KopfHost:
         try:
             with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
                 runner.run(self._supervise())
+        except asyncio.CancelledError:
+            log.info("kopf was cancelled")
         except Exception:
             log.exception("the thread of kopf failed")
 
     async def _supervise(self) -> None:
-        self._loop, self._stop = asyncio.get_running_loop(), asyncio.Event()
+        self._task, self._stop = asyncio.current_task(), asyncio.Event()
+        self._loop = asyncio.get_running_loop()
         backoff = FIRST_BACKOFF
         while not self._stopping.is_set():
             self.starts += 1
@@ -174,22 +185,38 @@ class KopfHost:
                 continue
 
     async def _operate(self, stop: asyncio.Event) -> None:
+        """Runs kopf once, until `stop` or its own end. Raises what ended it."""
         everywhere = not self._namespaces
-        await kopf.operator(
-            registry=self._registry(),
-            settings=kopf_settings(),
-            standalone=True,
-            clusterwide=everywhere,
-            namespaces=() if everywhere else self._namespaces,
-            stop_flag=stop,
-        )
+        ending = asyncio.Event()
+        link = asyncio.create_task(_pass_on(stop, ending), name="stop of kopf")
+        refused: list[Exception] = []
+        try:
+            await kopf.operator(
+                registry=self._registry(ending, refused),
+                settings=kopf_settings(),
+                standalone=True,
+                clusterwide=everywhere,
+                namespaces=() if everywhere else self._namespaces,
+                stop_flag=ending,
+            )
+        finally:
+            link.cancel()
+            if refused:
+                raise refused[0]
 
-    def _registry(self) -> kopf.OperatorRegistry:
+    def _registry(self, ending: asyncio.Event, refused: list[Exception]) -> kopf.OperatorRegistry:
         """Our own registry: no global decorators, no handlers of anybody else in the process."""
         registry = kopf.OperatorRegistry()
 
         async def login(**_: Any) -> kopf.AiohttpSession:
-            server, session = await self._connect()
+            try:
+                server, session = await self._connect()
+            except Exception as error:
+                # kopf would try again in 60 s; and if it gave up, nobody in it would notice that its task for
+                # credentials has ended (1.45.2 watches its root tasks only): everything would wait for ever.
+                refused.append(error)
+                ending.set()
+                raise kopf.PermanentError(f"cannot log in: {error}") from None
             return kopf.AiohttpSession(server=server, aiohttp_session=session)
 
         async def doorbell(namespace: str | None, name: str | None, **_: Any) -> None:
@@ -200,3 +227,8 @@ class KopfHost:
         kopf.on.login(registry=registry)(cast(Any, login))
         kopf.on.event(GROUP, VERSION, PLURAL, registry=registry)(cast(Any, doorbell))
         return registry
+
+
+async def _pass_on(first: asyncio.Event, second: asyncio.Event) -> None:
+    await first.wait()
+    second.set()

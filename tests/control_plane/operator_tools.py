@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import calendar
 import contextlib
 import json
 import os
@@ -148,8 +149,6 @@ class Cluster:
 
 def _unix(stamp: str) -> float:
     whole, _, fraction = stamp.removesuffix("Z").partition(".")
-    import calendar
-
     return calendar.timegm(time.strptime(whole, "%Y-%m-%dT%H:%M:%S")) + float(f"0.{fraction or 0}")
 
 
@@ -235,6 +234,7 @@ class Operator:
             "TRAINYARD_COORDINATOR_CA": str(self.cert),
             "TRAINYARD_WEB_BIND": "127.0.0.1:0",
             "TRAINYARD_LOG_FORMAT": "text",
+            "TRAINYARD_STATUS_INTERVAL": "2",
             **variables,
         }
         log = self.folder / f"operator-{len(self.running)}.log"
