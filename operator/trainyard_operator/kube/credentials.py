@@ -14,6 +14,7 @@ import json
 import logging
 import os
 import ssl
+import subprocess
 import tempfile
 import time
 from collections.abc import Mapping
@@ -101,6 +102,10 @@ class ExecToken:
             return self._value
 
     async def _renew(self) -> None:
+        # In a thread: asyncio's own subprocesses can wait for ever for a killed child whose pipe is full.
+        self._take(await asyncio.to_thread(self._run))
+
+    def _run(self) -> bytes:
         request = {
             "apiVersion": self._api_version,
             "kind": "ExecCredential",
@@ -108,30 +113,24 @@ class ExecToken:
         }
         environment = os.environ | self._environment | {"KUBERNETES_EXEC_INFO": json.dumps(request)}
         try:
-            process = await asyncio.create_subprocess_exec(
-                self._command,
-                *self._arguments,
+            done = subprocess.run(
+                [self._command, *self._arguments],
                 env=environment,
-                stdin=asyncio.subprocess.DEVNULL,
-                stdout=asyncio.subprocess.PIPE,
-                stderr=asyncio.subprocess.DEVNULL,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                timeout=EXEC_SECONDS,
+                check=False,
             )
         except OSError as error:
             raise CredentialsError(f"cannot run the exec plugin {self._command}: {error}") from None
-        try:
-            async with asyncio.timeout(EXEC_SECONDS):
-                output, _ = await process.communicate()
-        except TimeoutError:
+        except subprocess.TimeoutExpired:
             raise CredentialsError(
-                f"the exec plugin {self._command} did not end within {EXEC_SECONDS:.0f} s"
+                f"the exec plugin {self._command} did not end within {EXEC_SECONDS:.1f} s"
             ) from None
-        finally:
-            if process.returncode is None:
-                process.kill()
-                await process.wait()
-        if process.returncode != 0:
-            raise CredentialsError(f"the exec plugin {self._command} ended with {process.returncode}")
-        self._take(output)
+        if done.returncode != 0:
+            raise CredentialsError(f"the exec plugin {self._command} ended with {done.returncode}")
+        return done.stdout
 
     def _take(self, output: bytes) -> None:
         try:

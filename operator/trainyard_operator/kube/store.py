@@ -52,6 +52,8 @@ class Store:
         self._owned: dict[str, dict[Key, None]] = {}
         self._dead: dict[str, int] = {}
         self._deleting: set[str] = set()
+        self._horizons: dict[str | None, int] = {}
+        """Version of the newest complete list, by its namespace (None: all)."""
         self._listeners: list[OnChange] = [on_change] if on_change else []
 
     def subscribe(self, on_change: OnChange) -> None:
@@ -83,18 +85,14 @@ class Store:
         """Takes an object from a watch, a list or an answer. False if what is known is as new or newer."""
         meta = obj["metadata"]
         meta.pop("managedFields", None)
-        if version_of(obj) <= self._dead.get(meta["uid"], 0):
-            return False
         key = key_of(obj)
         old = self._objects.get(key)
-        if old is not None and version_of(obj) <= version_of(old):
+        # What a list lacked had been deleted by then, though we may never have heard of it.
+        horizon = max(self._horizons.get(None, 0), self._horizons.get(key[0], 0)) if old is None else 0
+        known = version_of(old) if old is not None else 0
+        if version_of(obj) <= max(known, horizon, self._dead.get(meta["uid"], 0)):
             return False
-        if meta["uid"] in self._deleting and "deletionTimestamp" not in meta:
-            obj = _marked(obj)
-        if old is not None and old["metadata"]["uid"] != meta["uid"]:
-            self._bury(key, old, version_of(obj))
-            old = None
-        self._put(key, obj, old)
+        self._take(key, obj, old)
         return True
 
     def remove(self, obj: Object) -> bool:
@@ -148,10 +146,22 @@ class Store:
                 self._bury(key, known, 0 if rewound else horizon)
         if rewound:
             self._dead.clear()
+        self._horizons[namespace] = 0
         for obj in listed.values():
             self.upsert(obj)
+        self._horizons[namespace] = horizon
 
     # ---- inside -------------------------------------------------------------------------------------
+
+    def _take(self, key: Key, obj: Object, old: Object | None) -> None:
+        """Puts a state that is known to be newer than `old`."""
+        meta = obj["metadata"]
+        if meta["uid"] in self._deleting and "deletionTimestamp" not in meta:
+            obj = _marked(obj)
+        if old is not None and old["metadata"]["uid"] != meta["uid"]:
+            self._bury(key, old, version_of(obj))
+            old = None
+        self._put(key, obj, old)
 
     def _put(self, key: Key, obj: Object, old: Object | None) -> None:
         self._unindex(key, old)
