@@ -12,6 +12,8 @@ from pathlib import Path
 from devcluster.errors import DevclusterError
 
 CHECKOUT = Path(__file__).resolve().parent.parent
+PASS_ON = ("status", "logs", "kubectl", "cut", "join", "load-image", "images", "python")
+"""Verbs that hand all their words, flags included, to another program."""
 
 
 def demo(args: argparse.Namespace) -> int:
@@ -51,6 +53,14 @@ def cluster(args: argparse.Namespace) -> int:
     from devcluster.cluster.__main__ import main
 
     return main([args.verb, "--name", args.name, *args.rest])
+
+
+def kubectl(args: argparse.Namespace) -> int:
+    from devcluster.cluster import Cluster
+    from devcluster.environment import kubectl_binary
+
+    config = Cluster(args.name).kubeconfig
+    return subprocess.call([kubectl_binary(), f"--kubeconfig={config}", *args.rest])
 
 
 def images(args: argparse.Namespace) -> int:
@@ -130,24 +140,33 @@ def _parser() -> argparse.ArgumentParser:
         "join": "Join a node that was cut off.",
         "load-image": "Load an image (OCI layout) into the nodes.",
     }.items():
-        p = verb(name, cluster, text)
+        p = verb(name, kubectl if name == "kubectl" else cluster, text)
         on_cluster(p)
-        p.add_argument("rest", nargs=argparse.REMAINDER)
 
-    p = verb("images", images, "Build the operator's and the trainer's image: ./dev images build")
-    p.add_argument("rest", nargs=argparse.REMAINDER)
+    verb("images", images, "Build the operator's and the trainer's image: ./dev images build")
     p = verb("lint", lint, "ruff, mypy, import-linter.")
     p.add_argument("--fix", action="store_true", help="let ruff repair and format")
     verb("lock", lock, "Make locks/*.txt anew from pyproject.toml.")
-    p = verb("python", python, "Python of the environment: ./dev python -m pytest tests/unit")
-    p.add_argument("rest", nargs=argparse.REMAINDER)
+    verb("python", python, "Python of the environment: ./dev python -m pytest tests/unit")
     return parser
+
+
+def _arguments(argv: list[str]) -> argparse.Namespace:
+    """The flags of ./dev itself, and in `rest` those of the program behind the verb."""
+    parser = _parser()
+    if argv[0] not in PASS_ON:
+        return parser.parse_args(argv)
+    # Only `--name CLUSTER` right after the verb is ours: everything else may mean something to the other program.
+    ours = 3 if len(argv) > 2 and argv[1] == "--name" else 1
+    args = parser.parse_args(argv[:ours])
+    args.rest = argv[ours:]
+    return args
 
 
 def main() -> int:
     """Exit code for the shell. Expected errors are one line; Ctrl-C says what stays."""
     argv = sys.argv[1:]
-    args = _parser().parse_args(["--help"] if argv in ([], ["help"]) else argv)
+    args = _arguments(["--help"] if argv in ([], ["help"]) else argv)
     os.environ.setdefault("PYTHONUNBUFFERED", "1")
     try:
         return args.run(args)

@@ -36,13 +36,7 @@ def install(
         kubectl.apply(
             CHECKOUT / "crds" / "trainyard.dev_trainingruns.yaml", "--server-side", "--force-conflicts"
         )
-        kubectl(
-            "wait",
-            "--for=condition=Established",
-            "crd/trainingruns.trainyard.dev",
-            "--timeout=60s",
-            seconds=70,
-        )
+        kubectl.wait("the CRD to be established", lambda: _established(kubectl), seconds=60)
         for name in ("namespace", "rbac", "service"):
             kubectl.apply(deploy / f"{name}.yaml")
         _ensure_tls(kubectl)
@@ -55,6 +49,13 @@ def install(
             )  # fmt: skip
         except DevclusterError as error:
             raise DevclusterError(f"the operator did not become ready: {error}\n{explain(kubectl)}") from None
+
+
+def _established(kubectl: Kubectl) -> bool:
+    # Not `kubectl wait`: it fails on an object that has no conditions yet.
+    crd = kubectl.json("crd", "trainingruns.trainyard.dev")
+    conditions = crd.get("status", {}).get("conditions", [])
+    return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 
 def uninstall(kubectl: Kubectl) -> None:

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from tests.fakes.selectors import matches
+from tests.fakes.label_selectors import matches
 from trainyard_operator.kube.api import PODS, RUNS, ApiError, Object, Resource, WatchEvent
 
 WITH_STATUS = (RUNS, PODS)
