@@ -25,6 +25,8 @@ from trainyard_operator.kube.times import micro_time
 RELEASE_SECONDS = 3.0
 """How long giving the lease back may take at the end; without it the others wait for its end."""
 JITTER = 0.2
+MIN_RETRY = 0.25
+"""Seconds between two tries of a leader that is about to lose its lease."""
 
 log = logging.getLogger(__name__)
 
@@ -129,7 +131,8 @@ class LeaderElector:
         trouble = "no time was left"
         while True:
             left = self._renewed_at + self._timing.renew_deadline - self._clock.monotonic()
-            await self._clock.sleep(min(self._timing.retry_period, max(left, 0)))
+            # Sooner and sooner towards the end, so that an outage of any shorter length is survived.
+            await self._clock.sleep(min(self._timing.retry_period, max(left / 2, MIN_RETRY)))
             left = self._renewed_at + self._timing.renew_deadline - self._clock.monotonic()
             if left <= 0:
                 return f"not renewed for {self._timing.renew_deadline:g} s: {trouble}"
