@@ -7,7 +7,7 @@ import dataclasses
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeVar
@@ -104,21 +104,24 @@ class Cluster:
         """Whether it is up, or was begun to be."""
         return registry.find(self.name) is not None
 
-    def _machines(self, layout: Layout | None = None) -> list[NodeMachine]:
+    def _machines(
+        self, layout: Layout | None = None, tools: Mapping[str, Path] | None = None
+    ) -> list[NodeMachine]:
+        """The nodes; with programs only where some are to be started, since changed pins may mean minutes of building."""
         layout = layout or self.layout
         count = state.load(layout.state).nodes
-        tools = build.ensure("pause", "kubelet", "kube-proxy")
-        return [NodeMachine(layout.node(number), tools) for number in range(1, count + 1)]
+        return [NodeMachine(layout.node(number), tools or {}) for number in range(1, count + 1)]
 
-    def _machine(self, node: str) -> NodeMachine:
+    def _machine(self, node: str, tools: Mapping[str, Path] | None = None) -> NodeMachine:
         number = number_of(node)
-        machines = self._machines()
+        machines = self._machines(tools=tools)
         if not 1 <= number <= len(machines):
             raise DevclusterError(f"cluster {self.name!r} has no {node}: it has {', '.join(self.node_names)}")
         return machines[number - 1]
 
     @contextmanager
     def _locked(self, why: str) -> Iterator[None]:
+        preflight.require_root()
         with locked(RUNTIME / f"{self.name}.lock", why, seconds=900, remove=True):
             yield
 
@@ -145,7 +148,7 @@ class Cluster:
         network.ensure_hub(layout)
         settings = parts.settings(layout, tools)
         controlplane.prepare(settings)
-        machines = self._machines(layout)
+        machines = self._machines(layout, tools)
         pause = images.read_image(scratch.pause(layout.state / "pause-image", tools["pause"]), PAUSE_IMAGE)
 
         def runtime(machine: NodeMachine) -> None:
@@ -280,7 +283,7 @@ class Cluster:
 
     def restart_kubelet(self, node: str) -> None:
         """Kill a node's kubelet and start another; containers go on."""
-        machine = self._machine(node)
+        machine = self._machine(node, build.ensure("kubelet", "kube-proxy"))
         machine.stop_kubelet()
         machine.ensure_kubelet(machine.node.cluster.server)
 

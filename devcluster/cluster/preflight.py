@@ -16,15 +16,20 @@ _HIDDEN = ("/run", "/var/lib", "/var/log")
 _GIB = 1 << 30
 
 
-def check() -> None:
-    """Install what can be installed; refuse what cannot be mended."""
+def require_root() -> None:
+    """Refuse anybody else."""
     if os.geteuid() != 0:
         raise DevclusterError(
             "not root: nodes are network and mount namespaces with containers in them. Run it with sudo -E, "
             "or use a cluster that exists already with --kubeconfig"
         )
+
+
+def check() -> None:
+    """Install what can be installed; refuse what cannot be mended."""
+    require_root()
     for what, folder in (("TRAINYARD_CACHE", cache_root()), ("TRAINYARD_STATE", state_root())):
-        if str(folder.resolve()).startswith(_HIDDEN):
+        if any(folder.resolve().is_relative_to(hidden) for hidden in _HIDDEN):
             raise DevclusterError(
                 f"{what} is {folder}, but nodes have their own {', '.join(_HIDDEN)}: choose another place"
             )

@@ -59,6 +59,8 @@ class ControlPlane:
         names = ("etcd", "kube-apiserver", "kube-controller-manager", "kubectl")
         etcd, peer, manager, scheduler, apiserver = free_ports(5)
         ports = Ports(etcd, peer, manager, scheduler, apiserver)
+        # What a killed program left there: its processes died with it.
+        shutil.rmtree(self.workdir, ignore_errors=True)
         self.workdir.mkdir(parents=True)
         settings = self._settings = Settings(
             self.workdir, _HOST, ports, "10.255.0.0/24", build.ensure(*names)

@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
+import socket
 import tomllib
 from pathlib import Path
+
+import pytest
 
 from devcluster import ports
 from devcluster.cluster import addons, controlplane, nodeconfig
 from devcluster.cluster.controlplane import Ports, Settings
 from devcluster.cluster.model import Layout
+from devcluster.errors import DevclusterError
 
 NODE = Layout("c", 1).node(2)
 CRI = "io.containerd.grpc.v1.cri"
@@ -65,3 +69,11 @@ def test_free_ports_differ() -> None:
     found = ports.free_ports(20)
     assert len(set(found)) == 20
     assert all(ports.is_free(port, "127.0.0.1") for port in found)
+
+
+def test_a_taken_port_is_said_so() -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        with pytest.raises(DevclusterError, match="another program does"):
+            ports.check_free(taken.getsockname()[1], "127.0.0.1", "kube-apiserver")
