@@ -15,14 +15,17 @@ def to_device(batch: Any, device: Any) -> Any:
         return batch if batch.device == device else batch.to(device, non_blocking=True)
     if isinstance(batch, dict):
         moved = {k: to_device(v, device) for k, v in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)  # type: ignore[call-arg]
+        return moved if type(batch) is dict else type(batch)(moved)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
         return type(batch)(*(to_device(v, device) for v in batch))
     if isinstance(batch, list | tuple):
         return type(batch)(to_device(v, device) for v in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         return dataclasses.replace(
-            batch, **{f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init}
+            batch,
+            **{
+                f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init
+            },
         )
     return batch.to(device) if callable(getattr(batch, "to", None)) else batch
 

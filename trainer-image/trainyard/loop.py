@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainyard.batches import size_of
+from trainyard.data.connect import data_hook
 from trainyard.data.loader import Feed, SampledFeed
 from trainyard.data.sampler import Batch
 from trainyard.errors import MisconfigurationException
@@ -28,11 +29,14 @@ class FitLoop:
     is the last of its epoch, after the epoch's end. So a resume never lands between a step and what belongs to it.
     """
 
-    def __init__(self, trainer: Trainer, run_step: Callable[..., Any], restore_rank: Callable[[], None] | None) -> None:
+    def __init__(
+        self, trainer: Trainer, run_step: Callable[..., Any], restore_rank: Callable[[], None] | None
+    ) -> None:
         self.trainer = trainer
         self.module = trainer.lightning_module
         self.state = trainer.loop_state
         self.metrics = trainer.metrics
+        self.schedule = trainer.schedule
         self.feed: Feed = trainer.train_feed
         self.run_step = run_step
         self.restore_rank = restore_rank
@@ -46,10 +50,13 @@ class FitLoop:
 
     def run(self) -> None:
         self.call("on_train_start")
-        while not self.trainer.done():
+        while not self.done():
             self.run_epoch()
         self.trainer.finish_checkpoints()
         self.call("on_train_end")
+
+    def done(self) -> bool:
+        return self.schedule.done(self.state, should_stop=self.trainer.should_stop)
 
     def run_epoch(self) -> None:
         self.open_epoch()
@@ -59,12 +66,12 @@ class FitLoop:
                 if self.run_batch(plan, raw):
                     break
                 if plan.steps and not plan.last:
-                    if self.trainer.done_in_epoch():
+                    if self.schedule.done_in_epoch(self.state, should_stop=self.trainer.should_stop):
                         complete = False
                         break
                     self.save_if_due(epoch_end=False)
         self.close_epoch(complete)
-        if complete and not self.trainer.done():
+        if complete and not self.done():
             self.save_if_due(epoch_end=True)
 
     def open_epoch(self) -> None:
@@ -80,7 +87,8 @@ class FitLoop:
 
     def close_epoch(self, complete: bool) -> None:
         trainer, state = self.trainer, self.state
-        if trainer.validation_due_at_epoch_end(complete):
+        stop = trainer.should_stop
+        if trainer.val_feeds and self.schedule.validates_at_end(state, complete=complete, should_stop=stop):
             self.validate()
         where = {"step": max(0, state.step - 1), "epoch": state.epoch}
         self.metrics.flush_epoch(self.metrics.train, **where)
@@ -89,7 +97,9 @@ class FitLoop:
         if complete:
             self.step_schedulers("epoch", plateau=True)
             state.next_epoch()
-        trainer.agree_on_stop()
+        trainer.should_stop = trainer.strategy.peers.any(
+            trainer.should_stop
+        )  # one rank's wish is everybody's
 
     # ---- one batch
 
@@ -111,7 +121,8 @@ class FitLoop:
         self.call("on_train_batch_end", self._outputs, batch, index)
         if plan.steps:
             self.report(plan, batch)
-        if trainer.validation_due(index + 1, last=plan.last):
+        batches = self.feed.batches
+        if trainer.val_feeds and self.schedule.validates_within(state, batches=batches, last=plan.last):
             self.validate()
         return False
 
@@ -146,7 +157,10 @@ class FitLoop:
     def forward(self, plan: Batch, batch: Any, index: int) -> torch.Tensor | None:
         """The loss, weighted so that the gradients add up to that of the mean over all samples of the step."""
         args = (batch, index) if self._takes_index else (batch,)
-        with self.hook("training_step"), self.trainer.precision_plugin.forward_context(self.trainer.strategy.device):
+        with (
+            self.hook("training_step"),
+            self.trainer.precision_plugin.forward_context(self.trainer.strategy.device),
+        ):
             output = self.run_step(*args)
         loss = output.get("loss") if isinstance(output, dict) else output
         if loss is None:
@@ -265,9 +279,9 @@ class FitLoop:
     def transfer(self, batch: Any, loader: int) -> Any:
         """Through the three transfer hooks, of the data module if it has its own."""
         trainer = self.trainer
-        batch = trainer.data_hook("on_before_batch_transfer")(batch, loader)
-        batch = trainer.data_hook("transfer_batch_to_device")(batch, trainer.strategy.device, loader)
-        return trainer.data_hook("on_after_batch_transfer")(batch, loader)
+        batch = data_hook(trainer, "on_before_batch_transfer")(batch, loader)
+        batch = data_hook(trainer, "transfer_batch_to_device")(batch, trainer.strategy.device, loader)
+        return data_hook(trainer, "on_after_batch_transfer")(batch, loader)
 
     def call(self, hook: str, *args: Any, module: bool = True) -> Any:
         """The hook of all callbacks, then of the module; returns the last answer that is not None."""
@@ -296,4 +310,6 @@ def _parameters(function: Callable[..., Any]) -> int:
     kinds = [p.kind for p in inspect.signature(function).parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return 99
-    return sum(k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds)
+    return sum(
+        k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds
+    )

@@ -101,4 +101,6 @@ class Metrics:
                 use(logger)
             except Exception as error:
                 self._loggers.remove(logger)
-                _log.warning("%s is left out from now on: %s: %s", type(logger).__name__, type(error).__name__, error)
+                _log.warning(
+                    "%s is left out from now on: %s: %s", type(logger).__name__, type(error).__name__, error
+                )

@@ -47,10 +47,14 @@ class LightningModule(DataHooks, ModelHooks, torch.nn.Module):
         """Make large layers here instead of in __init__."""
 
     def backward(self, loss: torch.Tensor) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def optimizer_step(
-        self, epoch: int, batch_idx: int, optimizer: Optimizer, optimizer_closure: Callable[[], Any] | None = None
+        self,
+        epoch: int,
+        batch_idx: int,
+        optimizer: Optimizer,
+        optimizer_closure: Callable[[], Any] | None = None,
     ) -> None:
         optimizer.step(closure=optimizer_closure)
 
@@ -58,12 +62,18 @@ class LightningModule(DataHooks, ModelHooks, torch.nn.Module):
         optimizer.zero_grad()
 
     def configure_gradient_clipping(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def clip_gradients(
-        self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
+        self,
+        optimizer: Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
     ) -> None:
         """By global norm ("norm") or element-wise ("value")."""
         if not gradient_clip_val:
@@ -147,7 +157,7 @@ class LightningModule(DataHooks, ModelHooks, torch.nn.Module):
 
     # ---- logging
 
-    def log(
+    def log(  # noqa: PLR0917 - Lightning's signature
         self, name: str, value: Any, prog_bar: bool = False, logger: bool | None = None, on_step: bool | None = None,
         on_epoch: bool | None = None, reduce_fx: str | Callable[..., Any] = "mean", enable_graph: bool = False,
         sync_dist: bool = False, sync_dist_group: Any = None, add_dataloader_idx: bool = True,
@@ -161,7 +171,9 @@ class LightningModule(DataHooks, ModelHooks, torch.nn.Module):
             raise MisconfigurationException(
                 "self.log: enable_graph, sync_dist_group and metric_attribute are not supported by this version"
             )
-        reduce = reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "?").removeprefix("a")
+        reduce = (
+            reduce_fx if isinstance(reduce_fx, str) else getattr(reduce_fx, "__name__", "?").removeprefix("a")
+        )
         self.trainer.record(
             name, value, prog_bar=prog_bar, logger=logger is not False, on_step=on_step, on_epoch=on_epoch,
             reduce=reduce, sync=sync_dist, add_dataloader_idx=add_dataloader_idx, batch_size=batch_size,

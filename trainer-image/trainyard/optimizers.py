@@ -10,9 +10,7 @@ from trainyard.errors import MisconfigurationException
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-_FORMS = (
-    "an optimizer, a list of one, ([optimizer], [scheduler]), or {'optimizer': ..., 'lr_scheduler': scheduler or dict}"
-)
+_FORMS = "an optimizer, a list of one, ([optimizer], [scheduler]), or {'optimizer': ..., 'lr_scheduler': scheduler or dict}"
 
 
 @dataclass(slots=True, kw_only=True)
@@ -51,7 +49,9 @@ def _split(returned: Any) -> tuple[list[Any], list[Any]]:
     if isinstance(returned, dict):
         unknown = set(returned) - {"optimizer", "lr_scheduler", "monitor"}
         if "optimizer" not in returned or unknown:
-            raise MisconfigurationException(f"configure_optimizers: keys {sorted(returned)}; it may return {_FORMS}")
+            raise MisconfigurationException(
+                f"configure_optimizers: keys {sorted(returned)}; it may return {_FORMS}"
+            )
         scheduler = returned.get("lr_scheduler")
         if scheduler is not None and not isinstance(scheduler, dict) and "monitor" in returned:
             scheduler = {"scheduler": scheduler, "monitor": returned["monitor"]}
@@ -72,15 +72,23 @@ def _scheduler(given: Any) -> SchedulerConfig:
         known = [f.name for f in fields(SchedulerConfig)]
         unknown = sorted(set(given) - set(known))
         if unknown or "scheduler" not in given:
-            raise MisconfigurationException(f"lr_scheduler: keys {sorted(given)}; it takes {', '.join(known)}")
+            raise MisconfigurationException(
+                f"lr_scheduler: keys {sorted(given)}; it takes {', '.join(known)}"
+            )
         config = SchedulerConfig(**given)
     else:
         config = SchedulerConfig(scheduler=given)
     if config.interval not in ("step", "epoch"):
-        raise MisconfigurationException(f"lr_scheduler.interval: {config.interval!r} is neither 'step' nor 'epoch'")
+        raise MisconfigurationException(
+            f"lr_scheduler.interval: {config.interval!r} is neither 'step' nor 'epoch'"
+        )
     if not isinstance(config.frequency, int) or config.frequency < 1:
-        raise MisconfigurationException(f"lr_scheduler.frequency: {config.frequency!r} is not a positive integer")
+        raise MisconfigurationException(
+            f"lr_scheduler.frequency: {config.frequency!r} is not a positive integer"
+        )
     config.reduce_on_plateau |= isinstance(config.scheduler, ReduceLROnPlateau)
     if config.reduce_on_plateau and not config.monitor:
-        raise MisconfigurationException("ReduceLROnPlateau needs {'scheduler': ..., 'monitor': <a logged name>}")
+        raise MisconfigurationException(
+            "ReduceLROnPlateau needs {'scheduler': ..., 'monitor': <a logged name>}"
+        )
     return config

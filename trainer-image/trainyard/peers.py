@@ -55,7 +55,7 @@ class GlooPeers:
 
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self._group = dist.new_group(backend="gloo", timeout=timeout)
+        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
 
     def broadcast(self, value: Any) -> Any:
         import torch

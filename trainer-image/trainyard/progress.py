@@ -40,7 +40,14 @@ class Progress:
             self._agent.resumed(step=step, uri=uri, fell_back=fell_back)
 
     def stepped(
-        self, *, step: int, total: int | None, epoch: int, samples: int, loss: torch.Tensor | None, flush: bool
+        self,
+        *,
+        step: int,
+        total: int | None,
+        epoch: int,
+        samples: int,
+        loss: torch.Tensor | None,
+        flush: bool,
     ) -> None:
         """After an optimizer step that used `samples` samples of all ranks."""
         now = self._clock()
@@ -48,7 +55,9 @@ class Progress:
             self._since = now  # the first step also pays for all that comes before it
         else:
             self._samples += samples
-            if now - self._since >= _WINDOW_SECONDS or (self.samples_per_second is None and now > self._since):
+            if now - self._since >= _WINDOW_SECONDS or (
+                self.samples_per_second is None and now > self._since
+            ):
                 self.samples_per_second = self._samples / (now - self._since)
             if now - self._since >= _WINDOW_SECONDS:
                 self._since, self._samples = now, 0
@@ -58,5 +67,9 @@ class Progress:
             self.loss, self._read = float(loss), now
         if self._agent is not None:
             self._agent.progress(
-                step=step, total_steps=total, epoch=epoch, loss=self.loss, samples_per_second=self.samples_per_second
+                step=step,
+                total_steps=total,
+                epoch=epoch,
+                loss=self.loss,
+                samples_per_second=self.samples_per_second,
             )

@@ -49,7 +49,9 @@ class Options:
     ) -> Options:  # fmt: skip
         """Raises MisconfigurationException where Lightning's rules forbid it."""
         if hook not in _DEFAULTS:
-            raise MisconfigurationException(f"self.log cannot be called from {hook or 'outside of the loops'}")
+            raise MisconfigurationException(
+                f"self.log cannot be called from {hook or 'outside of the loops'}"
+            )
         step, epoch = _DEFAULTS[hook]
         step, epoch = step if on_step is None else on_step, epoch if on_epoch is None else on_epoch
         if step and hook in _EPOCH_ONLY:
@@ -99,7 +101,9 @@ class Results:
 
         if not isinstance(value, torch.Tensor):
             if not isinstance(value, bool | int | float):
-                raise ValueError(f"self.log({name!r}): a {type(value).__name__} is no number or one-element tensor")
+                raise ValueError(  # noqa: TRY004 - Lightning's type for it
+                    f"self.log({name!r}): a {type(value).__name__} is no number or one-element tensor"
+                )
             value = torch.tensor(value, device=device, dtype=torch.float32)
         elif value.numel() != 1:
             raise ValueError(f"self.log({name!r}): a tensor of shape {tuple(value.shape)} is no scalar")
@@ -175,7 +179,10 @@ class Results:
 
         self.items = {
             name: _Item(
-                Options(**saved["options"]), saved["step_value"].to(device), moved(saved["total"]), moved(saved["weight"])
+                Options(**saved["options"]),
+                saved["step_value"].to(device),
+                moved(saved["total"]),
+                moved(saved["weight"]),
             )
             for name, saved in state.items()
         }

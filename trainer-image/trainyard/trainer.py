@@ -16,10 +16,10 @@ from trainyard.callbacks.progress import ProgressPrinter
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
-from trainyard.data.loader import Feed, make_feed
+from trainyard.data.connect import prepare_data, train_feed, val_feeds
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
-from trainyard.hooks import DataHooks
+from trainyard.facade import TrainerFacade
 from trainyard.loggers import CSVLogger, Logger
 from trainyard.loop import FitLoop
 from trainyard.metrics import Metrics
@@ -28,6 +28,7 @@ from trainyard.persistence import payload, restore_module, restore_optimizers, r
 from trainyard.precision import make_precision
 from trainyard.progress import Progress, agent_client
 from trainyard.reproducibility import global_seed
+from trainyard.schedule import Schedule
 from trainyard.state import LoopState
 from trainyard.strategies import make_strategy
 from trainyard_api.checkpoints import Fenced
@@ -39,6 +40,7 @@ if TYPE_CHECKING:
 
     from trainyard.callbacks.base import Callback
     from trainyard.checkpoint.resume import Loaded
+    from trainyard.data.loader import Feed
     from trainyard.data.module import LightningDataModule
     from trainyard.module import LightningModule
     from trainyard.strategies.base import Strategy
@@ -53,7 +55,7 @@ _UNSUPPORTED: dict[str, Any] = {
 """Arguments of Lightning's that this version knows and does not have, with the only value that they may have."""
 
 
-class Trainer:
+class Trainer(TrainerFacade):
     """`lightning.pytorch.Trainer`: the same arguments with the same defaults, and `checkpoint`.
 
     World size and ranks are torchrun's. With `checkpoint`, or inside a TrainingRun, `fit` resumes by itself and returns
@@ -79,28 +81,37 @@ class Trainer:
         profiler: Any = None, detect_anomaly: bool = False, barebones: bool = False, plugins: Any = None,
         sync_batchnorm: bool = False, reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | Path | None = None, enable_autolog_hparams: bool = True,
-        model_registry: str | None = None, checkpoint: CheckpointConfig | None = None, **unknown: Any,
+        model_registry: str | None = None, suggest_integrations: bool = True,
+        checkpoint: CheckpointConfig | None = None, **unknown: Any,
     ) -> None:  # fmt: skip
         given = locals()
         _refuse(given, unknown)
         if accumulate_grad_batches < 1:
-            raise MisconfigurationException(f"accumulate_grad_batches: {accumulate_grad_batches} is less than 1")
+            raise MisconfigurationException(
+                f"accumulate_grad_batches: {accumulate_grad_batches} is less than 1"
+            )
         if gradient_clip_algorithm not in (None, "norm", "value"):
-            raise MisconfigurationException(f"gradient_clip_algorithm: {gradient_clip_algorithm!r} is not 'norm' or 'value'")
+            raise MisconfigurationException(
+                f"gradient_clip_algorithm: {gradient_clip_algorithm!r} is not 'norm' or 'value'"
+            )
         self.place = Place.from_env()
         self.strategy = make_strategy(strategy, self.place, accelerator)
         self.precision_plugin = make_precision(precision)
         self._check_world(devices, num_nodes)
         quick = int(fast_dev_run)
         self.fast_dev_run = bool(quick)
-        self.max_epochs = 1 if quick else max_epochs if max_epochs is not None else 1000 if max_steps == -1 else -1
-        self.max_steps = quick or max_steps
-        self.min_epochs, self.min_steps = min_epochs or 0, min_steps or 0
+        no_end = max_steps == -1 and not quick
+        self.schedule = Schedule(
+            max_epochs=1 if quick else max_epochs if max_epochs is not None else 1000 if no_end else -1,
+            max_steps=quick or max_steps, min_epochs=min_epochs or 0, min_steps=min_steps or 0,
+            val_check_interval=1.0 if val_check_interval is None or quick else val_check_interval,
+            check_val_every_n_epoch=check_val_every_n_epoch,
+        )  # fmt: skip
         self.limit_train_batches = quick or limit_train_batches
         self.limit_val_batches = quick or limit_val_batches
-        self.val_check_interval = 1.0 if val_check_interval is None or quick else val_check_interval
-        self.check_val_every_n_epoch = check_val_every_n_epoch
-        self.num_sanity_val_steps = 0 if quick else 2 if num_sanity_val_steps is None else num_sanity_val_steps
+        self.num_sanity_val_steps = (
+            0 if quick else 2 if num_sanity_val_steps is None else num_sanity_val_steps
+        )
         self.log_every_n_steps = 50 if log_every_n_steps is None else max(1, log_every_n_steps)
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
@@ -109,7 +120,9 @@ class Trainer:
         self.callbacks: list[Callback] = [callbacks] if _is_one(callbacks) else list(callbacks or [])  # type: ignore[list-item, arg-type]
         self.printer = ProgressPrinter() if enable_progress_bar is not False else None
         self.loggers = self._make_loggers(logger is not False and not quick, logger)
-        self._checkpoint_config = self._pick_checkpoint(checkpoint, enable_checkpointing is not False and not quick)
+        self._checkpoint_config = self._pick_checkpoint(
+            checkpoint, enable_checkpointing is not False and not quick
+        )
         _torch_flags(deterministic, benchmark, detect_anomaly)
 
         self.should_stop = False
@@ -121,7 +134,8 @@ class Trainer:
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[SchedulerConfig] = []
         self.datamodule: LightningDataModule | None = None
-        self.train_feed: Feed
+        self._train_feed: Feed | None = None
+        self._given_train: Any = None
         self.val_feeds: list[Feed] = []
         self.last_loss: torch.Tensor | None = None
         self.batch_plan: Any = None
@@ -130,7 +144,7 @@ class Trainer:
 
     # ---- fit
 
-    def fit(
+    def fit(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None, ckpt_path: str | Path | None = None,
         weights_only: bool | None = None,
@@ -161,6 +175,7 @@ class Trainer:
     ) -> None:
         self.strategy.connect()
         self._module, self.datamodule = model, datamodule
+        self._given_train, self._train_feed = train, None
         model.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
@@ -168,7 +183,7 @@ class Trainer:
         self.callbacks += [extra] if _is_one(extra) else list(extra or [])
         if self.printer is not None:
             self.callbacks.append(self.printer)
-        self._prepare_data()
+        prepare_data(self)
         if datamodule is not None:
             datamodule.setup("fit")
         for callback in self.callbacks:
@@ -186,8 +201,7 @@ class Trainer:
         if loaded is not None:
             restore_optimizers(self, loaded)
 
-        self.val_feeds = self._make_val_feeds(val)
-        self.train_feed = self._make_train_feed(train)
+        self.val_feeds = val_feeds(self, val)
         loop = FitLoop(self, run_step, None if loaded is None else lambda: restore_rank(self, loaded))
         model.train()
         loop.call("on_fit_start")
@@ -200,16 +214,6 @@ class Trainer:
         for callback in self.callbacks:
             callback.teardown(self, model, "fit")
         model.teardown("fit")
-
-    def _prepare_data(self) -> None:
-        """On one process per node, or one of all, while the others wait."""
-        for owner in (self.datamodule, self._module):
-            if owner is None:
-                continue
-            first = self.local_rank == 0 if owner.prepare_data_per_node else self.is_global_zero
-            if first:
-                owner.prepare_data()
-        self.strategy.barrier()
 
     def _resume(self) -> Loaded | None:
         """Where to go on from; None for a fresh start."""
@@ -228,8 +232,9 @@ class Trainer:
         return loaded
 
     def save_checkpoint_now(self) -> bool:
-        """Collective: start a save of the present state; False if the one before is still on its way."""
-        assert self.checkpointer is not None
+        """Collective: start a save of the present state; False if there is nowhere to, or the last one is on its way."""
+        if self.checkpointer is None:
+            return False
         state = self.loop_state
         return self.checkpointer.save(state.step, state.cursor, lambda: payload(self))
 
@@ -252,90 +257,6 @@ class Trainer:
         if self.datamodule is not None:
             self.datamodule.on_exception(error)
 
-    # ---- when to stop, when to validate
-
-    def done(self) -> bool:
-        """Between two epochs."""
-        state = self.loop_state
-        if self._steps_reached() or (self.max_epochs != -1 and state.epoch >= self.max_epochs):
-            return True
-        return self.should_stop and self._may_stop()
-
-    def done_in_epoch(self) -> bool:
-        return self._steps_reached() or (self.should_stop and self._may_stop())
-
-    def agree_on_stop(self) -> None:
-        """Collective, at each epoch's end: one rank's wish to stop is everybody's."""
-        self.should_stop = self.strategy.peers.any(self.should_stop)
-
-    def _steps_reached(self) -> bool:
-        return self.max_steps != -1 and self.loop_state.step >= self.max_steps
-
-    def _may_stop(self) -> bool:
-        return self.loop_state.epoch >= self.min_epochs and self.loop_state.step >= self.min_steps
-
-    def validation_due(self, batches: int, *, last: bool) -> bool:
-        """In the middle of an epoch, after `batches` of it."""
-        if last or not self._validates_this_epoch():
-            return False
-        every = self.val_check_interval
-        if isinstance(every, float):
-            if every == 1.0 or self.train_feed.batches is None:
-                return False
-            every = max(1, int(self.train_feed.batches * every))
-        return batches % every == 0
-
-    def validation_due_at_epoch_end(self, complete: bool) -> bool:
-        if not self._validates_this_epoch() or not (complete or self.should_stop):
-            return False
-        every = self.val_check_interval
-        return isinstance(every, float) or self.loop_state.batches % every == 0
-
-    def _validates_this_epoch(self) -> bool:
-        every = self.check_val_every_n_epoch
-        return bool(self.val_feeds) and (every is None or (self.loop_state.epoch + 1) % every == 0)
-
-    # ---- data
-
-    def data_hook(self, name: str) -> Any:
-        """The data module's, if it overrides it, else the module's."""
-        datamodule = self.datamodule
-        if datamodule is not None and getattr(type(datamodule), name) is not getattr(DataHooks, name):
-            return getattr(datamodule, name)
-        return getattr(self.lightning_module, name)
-
-    def _make_train_feed(self, given: Any) -> Feed:
-        loader = given if given is not None else self.data_hook("train_dataloader")()
-        feed = make_feed(
-            loader, rank=self.global_rank, world=self.world_size, seed=self.loop_state.seed,
-            accumulate=self.accumulate_grad_batches, limit=self.limit_train_batches,
-            resample=self.use_distributed_sampler,
-        )  # fmt: skip
-        if feed.batches == 0:
-            raise MisconfigurationException("the training data has no batch; check its length, drop_last and limit_train_batches")
-        return feed
-
-    def _make_val_feeds(self, given: Any) -> list[Feed]:
-        from trainyard.module import LightningModule
-
-        if self.limit_val_batches == 0 or type(self.lightning_module).validation_step is LightningModule.validation_step:
-            return []
-        if given is None:
-            hook = self.data_hook("val_dataloader")
-            if getattr(hook, "__func__", None) is DataHooks.val_dataloader:
-                return []
-            given = hook()
-        loaders = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-        return [
-            make_feed(
-                loader, rank=self.global_rank, world=self.world_size, seed=self.loop_state.seed,
-                limit=self.limit_val_batches, resample=self.use_distributed_sampler, what="validation",
-            )
-            for loader in loaders
-        ]  # fmt: skip
-
-    # ---- logging
-
     def record(self, name: str, value: Any, *, rank_zero_only: bool, **options: Any) -> None:
         """What `LightningModule.log` does."""
         if rank_zero_only and not self.is_global_zero:
@@ -343,113 +264,11 @@ class Trainer:
         self.metrics.record(name, value, **options)
 
     @property
-    def callback_metrics(self) -> dict[str, torch.Tensor]:
-        return self.metrics.callback_metrics()
-
-    @property
-    def logged_metrics(self) -> dict[str, float]:
-        return dict(self.metrics.logged)
-
-    @property
-    def progress_bar_metrics(self) -> dict[str, float]:
-        return dict(self.metrics.bar)
-
-    @property
-    def validation_metrics(self) -> dict[str, float]:
-        """Of the newest validation."""
-        return dict(self.metrics.validation)
-
-    @property
-    def loss(self) -> float | None:
-        return self.progress.loss
-
-    @property
-    def samples_per_second(self) -> float | None:
-        return self.progress.samples_per_second
-
-    def print(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_global_zero:
-            print(*args, **kwargs)
-
-    # ---- properties that modules and callbacks read
-
-    @property
-    def lightning_module(self) -> LightningModule:
-        """Raises RuntimeError before fit."""
-        if self._module is None:
-            raise RuntimeError("this Trainer has no module yet: call fit")
-        return self._module
-
-    @property
-    def model(self) -> LightningModule | None:
-        return self._module
-
-    @property
-    def global_step(self) -> int:
-        """Optimizer steps since the start of the run."""
-        return self.loop_state.step
-
-    @property
-    def current_epoch(self) -> int:
-        return self.loop_state.epoch
-
-    @property
-    def global_rank(self) -> int:
-        return self.place.rank
-
-    @property
-    def local_rank(self) -> int:
-        return self.place.local_rank
-
-    @property
-    def node_rank(self) -> int:
-        return self.place.node_rank
-
-    @property
-    def world_size(self) -> int:
-        return self.place.world_size
-
-    @property
-    def num_nodes(self) -> int:
-        return self.place.nodes
-
-    @property
-    def num_devices(self) -> int:
-        return self.place.local_world_size
-
-    @property
-    def is_global_zero(self) -> bool:
-        return self.place.rank == 0
-
-    @property
-    def precision(self) -> str:
-        return self.precision_plugin.name
-
-    @property
-    def logger(self) -> Logger | None:
-        return self.loggers[0] if self.loggers else None
-
-    @property
-    def log_dir(self) -> str | None:
-        return self.loggers[0].log_dir if self.loggers else str(self.default_root_dir)
-
-    @property
-    def num_training_batches(self) -> int | float:
-        batches = self.train_feed.batches
-        return float("inf") if batches is None else batches
-
-    @property
-    def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, None if there is no telling."""
-        limits = [] if self.max_steps == -1 else [self.max_steps]
-        if self.max_epochs != -1 and self.train_feed.batches is not None:
-            limits.append(self.max_epochs * -(-self.train_feed.batches // self.accumulate_grad_batches))
-        return min(limits, default=None)
-
-    @property
-    def estimated_stepping_batches(self) -> int | float:
-        total = self.total_steps
-        return float("inf") if total is None else total
+    def train_feed(self) -> Feed:
+        """Made when first asked for: configure_optimizers may want to know how many steps there will be."""
+        if self._train_feed is None:
+            self._train_feed = train_feed(self, self._given_train)
+        return self._train_feed
 
     # ---- composition
 
@@ -496,7 +315,9 @@ def _refuse(given: dict[str, Any], unknown: dict[str, Any]) -> None:
         raise TypeError(f"Trainer has no argument {name!r}; the nearest is {nearest!r}")
     for name, only in _UNSUPPORTED.items():
         if given[name] != only:
-            raise MisconfigurationException(f"Trainer({name}={given[name]!r}) is not supported by this version of trainyard")
+            raise MisconfigurationException(
+                f"Trainer({name}={given[name]!r}) is not supported by this version of trainyard"
+            )
 
 
 def _is_one(callbacks: Any) -> bool:
@@ -521,5 +342,3 @@ def _version() -> str:
         return metadata.version("trainyard")
     except metadata.PackageNotFoundError:
         return "source"
-
-

@@ -36,4 +36,6 @@ class ProgressPrinter(Callback):
         if not trainer.is_global_zero or trainer.sanity_checking:
             return
         text = " ".join(f"{k}={v:.4g}" for k, v in sorted(trainer.validation_metrics.items()))
-        print(f"epoch {trainer.current_epoch} step {trainer.global_step} validation {text}".rstrip(), flush=True)
+        print(
+            f"epoch {trainer.current_epoch} step {trainer.global_step} validation {text}".rstrip(), flush=True
+        )

@@ -65,7 +65,9 @@ class _OneInFlight:
 
     def take(self, seconds: float = 0.0) -> Outcome | None:
         with self._condition:
-            self._condition.wait_for(lambda: self._outcome is not None or self._in_flight is None, timeout=seconds)
+            self._condition.wait_for(
+                lambda: self._outcome is not None or self._in_flight is None, timeout=seconds
+            )
             outcome, self._outcome = self._outcome, None
             return outcome
 
@@ -80,7 +82,11 @@ class _OneInFlight:
     def _heard(self, outcome: Outcome) -> None:
         with self._condition:
             mine = self._in_flight
-            if mine is None or (mine.attempt, mine.step, mine.rank) != (outcome.attempt, outcome.step, outcome.rank):
+            if mine is None or (mine.attempt, mine.step, mine.rank) != (
+                outcome.attempt,
+                outcome.step,
+                outcome.rank,
+            ):
                 return
             self._in_flight, self._outcome = None, outcome
             self._condition.notify_all()
@@ -89,7 +95,9 @@ class _OneInFlight:
         with self._condition:
             mine = self._in_flight
         if mine is not None:
-            self._heard(Outcome(op="dropped", attempt=mine.attempt, step=mine.step, rank=mine.rank, reason=reason))
+            self._heard(
+                Outcome(op="dropped", attempt=mine.attempt, step=mine.step, rank=mine.rank, reason=reason)
+            )
 
 
 class LocalUploads(_OneInFlight):

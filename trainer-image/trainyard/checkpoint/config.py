@@ -38,13 +38,17 @@ class CheckpointConfig:
 
     def __post_init__(self) -> None:
         if not re.match(r"s3://[^/]+|file:///", self.uri):
-            raise ValueError(f"checkpoint.uri: {self.uri!r} is neither s3://bucket/prefix nor file:///absolute/path")
+            raise ValueError(
+                f"checkpoint.uri: {self.uri!r} is neither s3://bucket/prefix nor file:///absolute/path"
+            )
         if self.every_n_steps is not None and self.every_n_steps < 1:
             raise ValueError(f"checkpoint.every_n_steps: {self.every_n_steps} is less than 1")
         if self.every_n_seconds is not None and self.every_n_seconds <= 0:
             raise ValueError(f"checkpoint.every_n_seconds: {self.every_n_seconds} is not positive")
         if self.keep < 2:
-            raise ValueError(f"checkpoint.keep: {self.keep} is less than 2: a damaged newest one would be the only one")
+            raise ValueError(
+                f"checkpoint.keep: {self.keep} is less than 2: a damaged newest one would be the only one"
+            )
         if self.run is not None and not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]{0,127}", self.run):
             raise ValueError(f"checkpoint.run: {self.run!r} is not a plain name")
 

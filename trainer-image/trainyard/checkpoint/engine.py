@@ -118,7 +118,9 @@ class Checkpointer:
             if self._peers.broadcast(self._committed_step == step):
                 return
             if failure and failure["code"] == int(ExitCode.CONFIG):
-                raise StoreConfigError(f"the checkpoint of step {step} was not committed: {failure['reason']}")
+                raise StoreConfigError(
+                    f"the checkpoint of step {step} was not committed: {failure['reason']}"
+                )
         raise CommitFailed(
             f"the last checkpoint (step {step}) was not committed after {_FINAL_TRIES} tries: "
             f"{failure['reason'] if failure else 'no reason known'}"
@@ -136,7 +138,8 @@ class Checkpointer:
         self._staging.close()
 
     def _up(self) -> Uploads:
-        assert self._uploads is not None, "resume() comes first"
+        if self._uploads is None:
+            raise RuntimeError("resume() comes first")
         return self._uploads
 
     def _writing(self) -> bool:
@@ -180,7 +183,12 @@ class Checkpointer:
                 kind="commit", seq=0, run=self._run, attempt=self._attempt, step=step, time=time.time(), cursor=cursor,
                 parent=self._parent, versions=self._versions, world_size=peers.world,
             )  # fmt: skip
-        names = {"attempt": self._attempt, "step": step, "rank": peers.rank, "world": peers.world}
+        names: dict[str, Any] = {
+            "attempt": self._attempt,
+            "step": step,
+            "rank": peers.rank,
+            "world": peers.world,
+        }
         try:
             file = write_shard(frozen, self._staging.path, **names)
         except (OSError, RuntimeError, CheckpointError) as error:

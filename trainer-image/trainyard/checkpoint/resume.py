@@ -58,7 +58,7 @@ def resume(store: Store, run: str, attempt: int | None, peers: Peers, scratch: P
     `attempt` None takes one more than the newest in the log (laptop). The fence is only written when the record that
     was loaded is still the newest: if another commit came meanwhile, all starts over with it.
     """
-    commits = CommitLog(store, run) if peers.rank == 0 else None
+    commits = CommitLog(store, run)  # used by rank 0 only
     for _ in range(_STARTS):
         proposal = _leader(peers, lambda: _propose(commits, attempt))
         number = int(proposal["attempt"])
@@ -100,8 +100,7 @@ def _leader(peers: Peers, call: Callable[[], Any]) -> Any:
     return answer["value"]
 
 
-def _propose(commits: CommitLog | None, attempt: int | None) -> dict[str, Any]:
-    assert commits is not None
+def _propose(commits: CommitLog, attempt: int | None) -> dict[str, Any]:
     records = commits.refresh()
     if attempt is None:
         attempt = 1 + max((r.attempt for r in records), default=0)
@@ -113,9 +112,8 @@ def _propose(commits: CommitLog | None, attempt: int | None) -> dict[str, Any]:
     return {"attempt": attempt, "records": [r.to_json() for r in newest], "unreadable": unreadable}
 
 
-def _fence(commits: CommitLog | None, run: str, attempt: int, found: Loaded | None) -> bool:
+def _fence(commits: CommitLog, run: str, attempt: int, found: Loaded | None) -> bool:
     """Whether the fence is in the log right after what was read."""
-    assert commits is not None
     fence = Record(
         kind="fence", seq=0, run=run, attempt=attempt, time=time.time(),
         step=found.record.step if found and found.record else 0,

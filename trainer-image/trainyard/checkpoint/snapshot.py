@@ -48,8 +48,12 @@ def load_file(path: Path, key: str) -> dict[str, Any]:
 
     try:
         payload = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # the unpickler's errors have no common type: UnpicklingError, RuntimeError, EOFError, ...
-        raise ShardInvalid(f"{key}: refused by torch.load(weights_only=True): {_first_line(error)}") from error
+    except (
+        Exception
+    ) as error:  # the unpickler's errors have no common type: UnpicklingError, RuntimeError, EOFError, ...
+        raise ShardInvalid(
+            f"{key}: refused by torch.load(weights_only=True): {_first_line(error)}"
+        ) from error
     if not isinstance(payload, dict):
         raise ShardInvalid(f"{key}: holds a {type(payload).__name__}, not a dict")
     return payload

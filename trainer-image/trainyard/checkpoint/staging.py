@@ -42,7 +42,9 @@ class _HashingFile:
         self._file.flush()
 
 
-def write_shard(payload: Mapping[str, Any], root: Path, *, step: int, attempt: int, rank: int, world: int) -> StagedFile:
+def write_shard(
+    payload: Mapping[str, Any], root: Path, *, step: int, attempt: int, rank: int, world: int
+) -> StagedFile:
     """Write a shard; it appears under its name when it is whole. Raises OSError.
 
     No fsync: when the node goes, its staging folder goes with it.
@@ -68,7 +70,9 @@ class StagingFolder:
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         runtime = env.get(Env.RUNTIME_DIR)
         self._owned = not runtime
-        self.path = Path(runtime) / "staging" if runtime else Path(tempfile.mkdtemp(prefix="trainyard-staging-"))
+        self.path = (
+            Path(runtime) / "staging" if runtime else Path(tempfile.mkdtemp(prefix="trainyard-staging-"))
+        )
         self.path.mkdir(parents=True, exist_ok=True)
 
     def close(self) -> None:

@@ -46,8 +46,13 @@ class S3Store:
                 read_timeout=30,
                 max_pool_connections=16,
                 # Path style unless it is AWS: `bucket.10.0.0.7:9000` does not resolve.
-                s3={"addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"},
-                retries={"mode": "standard", "total_max_attempts": 2},  # the patience is in retry.with_retries
+                s3={
+                    "addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"
+                },
+                retries={
+                    "mode": "standard",
+                    "total_max_attempts": 2,
+                },  # the patience is in retry.with_retries
                 request_checksum_calculation="when_required",
                 response_checksum_validation="when_required",
             ),
@@ -113,7 +118,9 @@ class S3Store:
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
-            return sorted(o["Key"].removeprefix(self._prefix) for page in pages for o in page.get("Contents", []))
+            return sorted(
+                o["Key"].removeprefix(self._prefix) for page in pages for o in page.get("Contents", [])
+            )
 
     def delete(self, keys: Iterable[str]) -> None:
         # One by one: DeleteObjects wants a Content-MD5 from some servers, and a prune is a handful of keys.

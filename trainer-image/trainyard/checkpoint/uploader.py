@@ -101,8 +101,12 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="trainyard.checkpoint.uploader", description=__doc__)
     parser.add_argument("--socket", required=True, help="unix socket to listen on")
     parser.add_argument("--staging", required=True, type=Path, help="folder of staged shards")
-    parser.add_argument("--upload-seconds", type=float, default=UPLOAD_SECONDS, help="patience with the store")
-    parser.add_argument("--peers-seconds", type=float, default=PEERS_SECONDS, help="patience with other ranks")
+    parser.add_argument(
+        "--upload-seconds", type=float, default=UPLOAD_SECONDS, help="patience with the store"
+    )
+    parser.add_argument(
+        "--peers-seconds", type=float, default=PEERS_SECONDS, help="patience with other ranks"
+    )
     parser.add_argument("--drain", type=float, default=20.0, help="seconds to finish after SIGTERM")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="uploader: %(message)s")

@@ -119,12 +119,18 @@ class UploadService:
             outcome = self._upload_and_commit(staged, path)
         except (CheckpointError, Fenced, OSError, ValueError) as error:
             path.unlink(missing_ok=True)
-            reason = str(error) if isinstance(error, CheckpointError | Fenced) else f"{type(error).__name__}: {error}"
+            reason = (
+                str(error)
+                if isinstance(error, CheckpointError | Fenced)
+                else f"{type(error).__name__}: {error}"
+            )
             outcome = Outcome(
                 op="dropped", attempt=staged.attempt, step=staged.step, rank=staged.rank, reason=reason,
                 code=exit_code(error),
             )  # fmt: skip
-            self._warn(f"the checkpoint of step {staged.step} (attempt {staged.attempt}) was dropped: {reason}")
+            self._warn(
+                f"the checkpoint of step {staged.step} (attempt {staged.attempt}) was dropped: {reason}"
+            )
         self._finish(staged, outcome)
         if outcome.op == "committed":
             self._prune(staged)
@@ -182,7 +188,9 @@ class UploadService:
         left, pause = self._peers_seconds, _POLL_SECONDS[0]
         while True:
             begin = time.monotonic()
-            listed = self._patiently(staged, lambda: self._store.list(step_prefix(staged.step, staged.attempt)))
+            listed = self._patiently(
+                staged, lambda: self._store.list(step_prefix(staged.step, staged.attempt))
+            )
             for rank in set(range(staged.world)) - set(found):
                 key = descriptor_key(staged.step, staged.attempt, rank, staged.world)
                 if key in listed:
@@ -211,7 +219,9 @@ class UploadService:
             if tries == 1:
                 self._warn(f"step {staged.step}: {error}; trying again for up to {self._upload_seconds:g} s")
             if self._newest_attempt > staged.attempt:
-                raise Fenced(f"attempt {self._newest_attempt} has begun; attempt {staged.attempt} may not write")
+                raise Fenced(
+                    f"attempt {self._newest_attempt} has begun; attempt {staged.attempt} may not write"
+                )
 
         return with_retries(call, seconds=self._upload_seconds, on_retry=on_retry)
 
@@ -228,6 +238,6 @@ class UploadService:
             newest = self._newest_attempt
             busy = {Path(s.path).resolve() for s in self._pending.values()}
         for folder in self._staging.glob("data/step-*/a*"):
-            if re.fullmatch(r"a\d{6}", folder.name) and int(folder.name[1:]) < newest:
-                if not any(path.is_relative_to(folder) for path in busy):
-                    shutil.rmtree(folder, ignore_errors=True)
+            old = re.fullmatch(r"a\d{6}", folder.name) and int(folder.name[1:]) < newest
+            if old and not any(path.is_relative_to(folder) for path in busy):
+                shutil.rmtree(folder, ignore_errors=True)

@@ -95,7 +95,9 @@ class _Position:
 class SampledFeed:
     """A DataLoader over a map-style dataset, re-made with our sampling."""
 
-    def __init__(self, loader: DataLoader[Any], plan: EpochPlan, *, rank: int, seed: int, shuffle: bool) -> None:
+    def __init__(
+        self, loader: DataLoader[Any], plan: EpochPlan, *, rank: int, seed: int, shuffle: bool
+    ) -> None:
         import torch
         from torch.utils.data import DataLoader
 
@@ -160,7 +162,9 @@ class PlainFeed:
             length = limit if length is None else min(limit, length)
         elif limit is not None:
             if length is None:
-                raise MisconfigurationException("a fraction of a loader without a length: limit it by a number of batches")
+                raise MisconfigurationException(
+                    "a fraction of a loader without a length: limit it by a number of batches"
+                )
             length = int(length * limit)
         self.batches = length
 
@@ -196,7 +200,10 @@ def make_feed(
     plain = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not resample
     if plain:
         return PlainFeed(loader, limit=limit, accumulate=accumulate)
-    ours = type(loader.sampler) in (RandomSampler, SequentialSampler) and type(loader.batch_sampler) is BatchSampler
+    ours = (
+        type(loader.sampler) in (RandomSampler, SequentialSampler)
+        and type(loader.batch_sampler) is BatchSampler
+    )
     ours = ours and not getattr(loader.sampler, "replacement", False)
     if not ours or loader.batch_size is None:
         if world == 1:
@@ -206,10 +213,8 @@ def make_feed(
             f"among {world} ranks; leave it out, or divide it yourself and say Trainer(use_distributed_sampler=False)"
         )
     plan = EpochPlan(
-        samples=len(loader.dataset), batch_size=loader.batch_size, world=world, accumulate=accumulate,  # type: ignore[arg-type]
+        samples=len(loader.dataset), batch_size=loader.batch_size, world=world, accumulate=accumulate,
         drop_last=loader.drop_last, limit=limit,
     )  # fmt: skip
     shuffle = isinstance(loader.sampler, RandomSampler)
     return SampledFeed(loader, plan, rank=rank, seed=seed, shuffle=shuffle)
-
-

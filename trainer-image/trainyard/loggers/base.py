@@ -34,4 +34,4 @@ class Logger:
         """Write out what is held back."""
 
     def finalize(self, status: str) -> None:
-        """"success" or "failed": nothing comes after."""
+        """ "success" or "failed": nothing comes after."""

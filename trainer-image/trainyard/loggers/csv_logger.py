@@ -6,6 +6,7 @@ import csv
 import re
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 from trainyard.loggers.base import Logger
 
@@ -35,7 +36,9 @@ class CSVLogger(Logger):
         """The given one, else the first that is free."""
         if self._version is None:
             folder = self._save_dir / self._name
-            taken = [int(m[1]) for p in folder.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))]
+            taken = [
+                int(m[1]) for p in folder.glob("version_*") if (m := re.fullmatch(r"version_(\d+)", p.name))
+            ]
             self._version = max(taken, default=-1) + 1
         return self._version
 
@@ -46,7 +49,9 @@ class CSVLogger(Logger):
     @property
     def log_dir(self) -> str:
         version = self.version
-        return str(self._save_dir / self._name / (version if isinstance(version, str) else f"version_{version}"))
+        return str(
+            self._save_dir / self._name / (version if isinstance(version, str) else f"version_{version}")
+        )
 
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         row = {self._prefix + k: v for k, v in metrics.items()}
@@ -60,7 +65,7 @@ class CSVLogger(Logger):
         path = Path(self.log_dir) / "metrics.csv"
         path.parent.mkdir(parents=True, exist_ok=True)
         columns = sorted({k for row in self._rows for k in row} | set(self._written))
-        rows: list[dict[str, object]] = list(self._rows)
+        rows: list[dict[str, Any]] = list(self._rows)
         if self._written and columns != self._written:
             with path.open(newline="") as file:
                 rows = [*csv.DictReader(file), *rows]

@@ -65,13 +65,17 @@ class DDPStrategy(Strategy):
         return self._ddp
 
     def no_sync(self) -> AbstractContextManager[Any]:
-        assert self._ddp is not None
-        return self._ddp.no_sync()
+        return super().no_sync() if self._ddp is None else self._ddp.no_sync()
 
     def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
         import torch.distributed as dist
 
-        ops = {"mean": dist.ReduceOp.SUM, "sum": dist.ReduceOp.SUM, "min": dist.ReduceOp.MIN, "max": dist.ReduceOp.MAX}
+        ops = {
+            "mean": dist.ReduceOp.SUM,
+            "sum": dist.ReduceOp.SUM,
+            "min": dist.ReduceOp.MIN,
+            "max": dist.ReduceOp.MAX,
+        }
         out = values.clone()
         dist.all_reduce(out, op=ops[op])
         return out / dist.get_world_size() if op == "mean" else out

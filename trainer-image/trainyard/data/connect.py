@@ -1,0 +1,71 @@
+"""From the loaders that a script, a module or a data module gives to the feeds of a fit."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from trainyard.data.loader import Feed, make_feed
+from trainyard.errors import MisconfigurationException
+from trainyard.hooks import DataHooks
+
+if TYPE_CHECKING:
+    from trainyard.trainer import Trainer
+
+
+def data_hook(trainer: Trainer, name: str) -> Any:
+    """The data module's hook if it overrides it, else the module's."""
+    datamodule = trainer.datamodule
+    if datamodule is not None and getattr(type(datamodule), name) is not getattr(DataHooks, name):
+        return getattr(datamodule, name)
+    return getattr(trainer.lightning_module, name)
+
+
+def prepare_data(trainer: Trainer) -> None:
+    """On one process per node, or on one of all, while the others wait."""
+    for owner in (trainer.datamodule, trainer.lightning_module):
+        if owner is None:
+            continue
+        first = trainer.local_rank == 0 if owner.prepare_data_per_node else trainer.is_global_zero
+        if first:
+            owner.prepare_data()
+    trainer.strategy.barrier()
+
+
+def train_feed(trainer: Trainer, given: Any) -> Feed:
+    """Raises MisconfigurationException if there is nothing to train on."""
+    if given is None:
+        hook = data_hook(trainer, "train_dataloader")
+        if getattr(hook, "__func__", None) is DataHooks.train_dataloader:
+            raise MisconfigurationException(
+                "no training data: give fit a DataLoader, or define train_dataloader"
+            )
+        given = hook()
+    feed = _feed(trainer, given, trainer.limit_train_batches, "train", trainer.accumulate_grad_batches)
+    if feed.batches == 0:
+        raise MisconfigurationException(
+            "the training data has no batch; check its length, drop_last and limit_train_batches"
+        )
+    return feed
+
+
+def val_feeds(trainer: Trainer, given: Any) -> list[Feed]:
+    """Empty when there is no validation_step, no loader, or limit_val_batches=0."""
+    from trainyard.module import LightningModule
+
+    overridden = type(trainer.lightning_module).validation_step is not LightningModule.validation_step
+    if not overridden or trainer.limit_val_batches == 0:
+        return []
+    if given is None:
+        hook = data_hook(trainer, "val_dataloader")
+        if getattr(hook, "__func__", None) is DataHooks.val_dataloader:
+            return []
+        given = hook()
+    loaders = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
+    return [_feed(trainer, loader, trainer.limit_val_batches, "validation") for loader in loaders]
+
+
+def _feed(trainer: Trainer, loader: Any, limit: int | float | None, what: str, accumulate: int = 1) -> Feed:
+    return make_feed(
+        loader, rank=trainer.global_rank, world=trainer.world_size, seed=trainer.loop_state.seed,
+        accumulate=accumulate, limit=limit, resample=trainer.use_distributed_sampler, what=what,
+    )  # fmt: skip

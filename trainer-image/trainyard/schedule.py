@@ -1,0 +1,62 @@
+"""When a fit ends and when it validates. Pure: the position comes in, the answer goes out."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from trainyard.state import LoopState
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Schedule:
+    """The Trainer's arguments of these names, with Lightning's defaults filled in."""
+
+    max_epochs: int
+    """-1: no limit."""
+    max_steps: int
+    """Optimizer steps; -1: no limit."""
+    min_epochs: int = 0
+    min_steps: int = 0
+    val_check_interval: int | float = 1.0
+    """float: fraction of an epoch; int: batches."""
+    check_val_every_n_epoch: int | None = 1
+
+    def done(self, state: LoopState, *, should_stop: bool) -> bool:
+        """Between two epochs."""
+        epochs = self.max_epochs != -1 and state.epoch >= self.max_epochs
+        return epochs or self.done_in_epoch(state, should_stop=should_stop)
+
+    def done_in_epoch(self, state: LoopState, *, should_stop: bool) -> bool:
+        """After an optimizer step."""
+        if self.max_steps != -1 and state.step >= self.max_steps:
+            return True
+        return should_stop and state.epoch >= self.min_epochs and state.step >= self.min_steps
+
+    def validates_within(self, state: LoopState, *, batches: int | None, last: bool) -> bool:
+        """After a batch that is not the epoch's last; `batches` is the epoch's length if it is known."""
+        every = self.val_check_interval
+        if last or not self._this_epoch(state):
+            return False
+        if isinstance(every, float):
+            if every == 1.0 or batches is None:
+                return False
+            every = max(1, int(batches * every))
+        return state.batches % every == 0
+
+    def validates_at_end(self, state: LoopState, *, complete: bool, should_stop: bool) -> bool:
+        """At the end of an epoch, or of what of it was trained before a stop."""
+        if not self._this_epoch(state) or not (complete or should_stop):
+            return False
+        every = self.val_check_interval
+        return isinstance(every, float) or state.batches % every == 0
+
+    def total_steps(self, batches: int | None, accumulate: int) -> int | None:
+        """Optimizer steps of the whole run, None if there is no telling."""
+        limits = [] if self.max_steps == -1 else [self.max_steps]
+        if self.max_epochs != -1 and batches is not None:
+            limits.append(self.max_epochs * -(-batches // accumulate))
+        return min(limits, default=None)
+
+    def _this_epoch(self, state: LoopState) -> bool:
+        every = self.check_val_every_n_epoch
+        return every is None or (state.epoch + 1) % every == 0
