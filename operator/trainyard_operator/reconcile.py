@@ -135,8 +135,8 @@ class Reconciler:
         try:
             applied = await self._applier.apply(observed.run, decided)
         except Conflict:
-            again = 0.0 if await self._refresh(key) else GONE_SECONDS
-            return again, Round(key, 0.0, "conflict", observed, decided)
+            pause = 0.0 if await self._refresh(key) else GONE_SECONDS
+            return pause, Round(key, 0.0, "conflict", observed, decided)
         if applied.wrote_status:
             memory.status_written = self._clock.time()
         news = self._take_in(memory, applied)
