@@ -5,7 +5,7 @@ Only members of the current attempt count, and only what they say about it.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from trainyard_api.contract import ExitCode, FailureClass, Reason
 from trainyard_api.protocol import BEAT_SECONDS, AgentPhase, Failure
@@ -82,9 +82,16 @@ def findings(view: View) -> tuple[Finding, ...]:
     return tuple(found)
 
 
-def root_cause(found: tuple[Finding, ...]) -> Finding:
-    """The one to name: no echo if possible, a lost machine before its consequences, then the earliest."""
-    return min(found, key=lambda f: (f.echo, not f.machine, f.time, f.cause.rank or 0))
+def root_cause(view: View, found: tuple[Finding, ...]) -> Finding:
+    """The one to name: no echo if possible, a lost machine before its consequences, then the earliest.
+
+    If there are only echoes and somebody has not spoken, it is his death that they echo: a machine's.
+    """
+    root = min(found, key=lambda f: (f.echo, not f.machine, f.time, f.cause.rank or 0))
+    undone = sum(slot.state is not State.DONE for slot in view.gang.slots)
+    if root.echo and root.cause.failure_class == FailureClass.USER and len(found) < undone:
+        return replace(root, cause=replace(root.cause, failure_class=str(FailureClass.INFRASTRUCTURE)))
+    return root
 
 
 def still_waiting(view: View, found: tuple[Finding, ...]) -> float:
@@ -132,8 +139,6 @@ def _reported(view: View, slot: Slot, failure: Failure) -> Finding:
     """A worker's end, as its agent saw it."""
     reason, charged_to = _classify(failure)
     exception, message = clean(failure.exception, 256), clean(failure.message)
-    if failure.collateral and charged_to is FailureClass.USER and _only_echoes_of_silence(view):
-        charged_to = FailureClass.INFRASTRUCTURE
     received = slot.member.received if slot.member else view.now
     return Finding(
         cause=Cause(
@@ -164,15 +169,6 @@ def _classify(failure: Failure) -> tuple[Reason, FailureClass]:
     if code is not None and code < 0:
         return Reason.WORKER_KILLED, FailureClass.USER
     return Reason.WORKER_FAILED, FailureClass.USER
-
-
-def _only_echoes_of_silence(view: View) -> bool:
-    """Whether somebody has not reported: then the death that is echoed is that of a machine, most likely."""
-    return any(
-        slot.beat is None or slot.beat.attempt != view.attempt or slot.beat.phase != AgentPhase.FAILED
-        for slot in view.gang.slots
-        if slot.state is not State.DONE
-    )
 
 
 def _ended(view: View, slot: Slot) -> Finding:

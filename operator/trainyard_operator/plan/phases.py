@@ -73,7 +73,7 @@ def failed(view: View) -> Plan | None:
     found = findings(view)
     if not found or still_waiting(view, found) > 0:
         return None
-    root = root_cause(found)
+    root = root_cause(view, found)
     end = within(root.time, parse(view.entry.start_time) or 0.0, view.now)
     ended = attempts.closed(view, end=end, cause=root.cause)
     entry = entry_of(ended, view.attempt) or view.entry

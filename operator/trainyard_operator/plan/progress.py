@@ -35,7 +35,12 @@ def has_stepped(view: View) -> bool:
 
 def newest(view: View) -> Progress | None:
     """The newest progress of the current attempt."""
-    known = [b.progress for b in beats_of_attempt(view) if b.progress and _counts(view, b, b.progress)]
+    stepped = has_stepped(view)
+    known = [
+        beat.progress
+        for beat in beats_of_attempt(view)
+        if beat.progress is not None and (stepped or _counts(view, beat, beat.progress))
+    ]
     return max(known, key=lambda p: p.step, default=None)
 
 
@@ -88,11 +93,11 @@ def _stepped(view: View, beat: Beat) -> bool:
 
 
 def _counts(view: View, beat: Beat, progress: Progress) -> bool:
-    """Whether the progress is of this attempt, not a left-over of the one before.
+    """Before the first step is known: whether this is of the attempt, not a left-over of the one before.
 
     A step beyond the best of all earlier attempts cannot be a left-over.
     """
-    return has_stepped(view) or beat.phase == AgentPhase.SUCCEEDED or progress.step > view.status.best_step
+    return beat.phase == AgentPhase.SUCCEEDED or progress.step > view.status.best_step
 
 
 def _last_step(view: View, entry: AttemptStatus) -> int | None:

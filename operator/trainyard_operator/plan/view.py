@@ -28,6 +28,7 @@ class View:
         entry = entry_of(status, status.attempt) or AttemptStatus(attempt=status.attempt)
         run_time = parse(entry.run_time)
         size = observed.run.spec.nodes.desired
+        size = max(1, size)
         if run_time is not None and 0 < status.nodes.desired <= MOST_NODES:
             size = status.nodes.desired  # a change of the size takes effect with the next attempt
         if run_time is None and told(observed, status.attempt, size):
