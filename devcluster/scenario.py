@@ -21,14 +21,15 @@ CHECKOUT = Path(__file__).resolve().parent.parent
 SECRET = "s3-credentials"  # noqa: S105 - a name
 SCRIPT = "digits"
 
-# Workers are named rank-<n> (prctl): /proc/<pid>/environ of a forked process is its parent's. The time is taken
-# inside the pod, right after the kill, so that kubectl's own second does not count as recovery.
+# Workers are named rank<n> (prctl), as are their DataLoader workers, which are younger. The environment would not
+# tell: /proc/<pid>/environ of a forked process is its parent's. The time is taken inside the pod, right after the
+# kill, so that kubectl's own second does not count as recovery.
 KILL = """
 import os, pathlib, sys, time
 rank, sig = sys.argv[1:]
-pids = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/comm') if p.read_text().strip() == f'rank-{rank}']
-if len(pids) != 1: sys.exit(f'rank {rank}: {len(pids)} processes')
-os.kill(pids[0], int(sig)); print(time.time())
+pids = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/comm') if p.read_text().strip() == f'rank{rank}']
+if not pids: sys.exit(f'rank {rank}: no such process')
+os.kill(min(pids), int(sig)); print(time.time())
 """
 
 

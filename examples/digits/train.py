@@ -51,7 +51,9 @@ class Reader(L.LightningModule):
         self.lr, self.step_delay = lr, step_delay
         self.embed = nn.Linear(8, hidden)
         self.position = nn.Parameter(torch.randn(8, hidden) * 0.02)
-        layer = nn.TransformerEncoderLayer(hidden, 4, 2 * hidden, dropout=0.1, batch_first=True, norm_first=True)
+        layer = nn.TransformerEncoderLayer(
+            hidden, 4, 2 * hidden, dropout=0.1, batch_first=True, norm_first=True
+        )
         self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
         self.head = nn.Linear(8 * hidden, 10)
 
@@ -106,6 +108,37 @@ class SampleLog(L.Callback):
         self.file.close()
 
 
+class SampleAudit(L.Callback):
+    """How often each sample was used on the way to the weights: counted with the checkpoint, so over all attempts."""
+
+    def __init__(self) -> None:
+        self.seen = torch.zeros(0, dtype=torch.int64)
+
+    def on_train_batch_end(
+        self, trainer: L.Trainer, pl_module: L.LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        new = torch.zeros(len(trainer.datamodule.training), dtype=torch.int64)
+        if not trainer.batch_plan.padding:
+            # Ids are positions in the whole data set: make them positions among those that are trained on.
+            new[torch.isin(trainer.datamodule.training.tensors[-1], batch[-1])] = 1
+        if trainer.world_size > 1:
+            torch.distributed.all_reduce(new)
+        self.seen = new + (self.seen if len(self.seen) else 0)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.seen}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.seen = state_dict["seen"]
+
+    def verdict(self) -> str:
+        """One line for people and tests."""
+        least, most = int(self.seen.min()), int(self.seen.max())
+        if least == most:
+            return f"samples: every one of {len(self.seen)} seen exactly {least} times"
+        return f"samples: NOT EXACT, seen between {least} and {most} times"
+
+
 def weights_sha256(module: nn.Module) -> str:
     """Of all weights and buffers, bit by bit."""
     digest = hashlib.sha256()
@@ -124,10 +157,15 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=1)
     parser.add_argument("--workers", type=int, default=0, help="processes that load data")
     parser.add_argument("--accumulate", type=int, default=1, help="batches per optimizer step")
-    parser.add_argument("--step-delay", type=float, default=0.0, help="pause in seconds per step, to watch failures")
+    parser.add_argument(
+        "--step-delay", type=float, default=0.0, help="pause in seconds per step, to watch failures"
+    )
     parser.add_argument("--sample-log", type=Path, help="folder for the ids of the samples of each step")
+    parser.add_argument("--audit-samples", action="store_true", help="count how often each sample is used")
     parser.add_argument("--checkpoint", help="outside of a TrainingRun: s3://bucket/prefix or file:///folder")
-    parser.add_argument("--every-n-steps", type=int, default=20, help="with --checkpoint: steps between two saves")
+    parser.add_argument(
+        "--every-n-steps", type=int, default=20, help="with --checkpoint: steps between two saves"
+    )
     args = parser.parse_args()
 
     L.seed_everything(args.seed)
@@ -135,19 +173,25 @@ def main() -> None:
     checkpoint = None
     if args.checkpoint:
         checkpoint = L.CheckpointConfig(uri=args.checkpoint, every_n_steps=args.every_n_steps, run="digits")
+    callbacks: list[L.Callback] = [SampleLog(args.sample_log)] if args.sample_log else []
+    audit = SampleAudit()
+    if args.audit_samples:
+        callbacks.append(audit)
     trainer = L.Trainer(
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,
         gradient_clip_val=1.0,
         log_every_n_steps=10,
         logger=False,
-        callbacks=[SampleLog(args.sample_log)] if args.sample_log else [],
+        callbacks=callbacks,
         checkpoint=checkpoint,
     )
     trainer.fit(model, datamodule=Digits(args.batch_size, args.workers))
     accuracy = trainer.validation_metrics.get("val_accuracy")
     if accuracy is not None:
         trainer.print(f"validation accuracy {accuracy:.4f}")
+    if args.audit_samples:
+        trainer.print(audit.verdict())
     trainer.print(f"final weights sha256={weights_sha256(model)}", flush=True)
 
 

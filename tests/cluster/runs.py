@@ -6,7 +6,8 @@ import re
 
 from devcluster.scenario import Scenario
 
-SAMPLES = 1797
+SAMPLES = 1437
+"""scikit-learn's 1797 digits without every fifth, which is for validation."""
 EPOCHS = 8
 ARGS = ["--epochs", str(EPOCHS), "--batch-size", "32", "--step-delay", "0.05", "--audit-samples"]
 SHA = re.compile(r"final weights sha256=([0-9a-f]{64})")

@@ -102,7 +102,7 @@ def test_checkpoint_of_another_shape(scenario: Scenario) -> None:
     scenario.wait("bad", "Suspended", lambda s: s.get("phase") == "Suspended", seconds=60)
     source = scenario.kubectl.json("-n", scenario.namespace, "configmap", "digits")["data"]["train.py"]
     scenario.add_script(
-        "digits", source.replace('"--hidden", type=int, default=64', '"--hidden", type=int, default=96')
+        "digits", source.replace('"--hidden", type=int, default=32', '"--hidden", type=int, default=64')
     )
     scenario.kubectl(
         "-n", scenario.namespace, "patch", "tr", "bad", "--type=merge", "-p", '{"spec":{"suspend":false}}'
