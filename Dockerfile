@@ -71,16 +71,26 @@ RUN --mount=type=bind,from=wheels,target=/wheels \
     /opt/trainyard/venv/bin/python3 -c 'import importlib.metadata as m; v = m.version("torch").split(".")[:2]; \
       assert tuple(map(int, v)) >= (2, 10), f"torch {v} of the base image is older than 2.10 (CVE-2026-24747)"'
 
-# ---- our own code
+# ---- our own code: modules, and as much of a distribution as importlib.metadata needs to tell the version
+FROM ${BASE_IMAGE} AS metadata
+COPY pyproject.toml /build/
+RUN python3 -c 'import pathlib, tomllib; \
+      about = tomllib.loads(pathlib.Path("/build/pyproject.toml").read_text())["project"]; \
+      folder = pathlib.Path("/app/{name}-{version}.dist-info".format(**about)); folder.mkdir(parents=True); \
+      text = "Metadata-Version: 2.1\nName: {name}\nVersion: {version}\n".format(**about); \
+      (folder / "METADATA").write_text(text)'
+
 FROM ${BASE_IMAGE} AS operator-app
 COPY operator/trainyard_api /app/trainyard_api
 COPY operator/trainyard_operator /app/trainyard_operator
+COPY --from=metadata /app /app
 RUN python3 -m compileall -q -s /app -p /opt/trainyard/app --invalidation-mode unchecked-hash /app
 
 FROM ${BASE_IMAGE} AS trainer-app
 COPY operator/trainyard_api /app/trainyard_api
 COPY trainer-image/trainyard /app/trainyard
 COPY trainer-image/trainyard_agent /app/trainyard_agent
+COPY --from=metadata /app /app
 RUN python3 -m compileall -q -s /app -p /opt/trainyard/app --invalidation-mode unchecked-hash /app
 
 # ---- the images

@@ -7,12 +7,12 @@ import json
 import sys
 
 from devcluster.errors import DevclusterError
-from devcluster.images import base, build, files, inputs, layout, prune
+from devcluster.images import base, build, files, inputs, layout, prune, sandbox
 from devcluster.progress import say
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Build, list and remove container images; nothing is pushed anywhere."""
+    """Build, try, list and remove container images; nothing is pushed anywhere."""
     options = _parser().parse_args(arguments)
     try:
         options.run(options)
@@ -37,6 +37,12 @@ def _parser() -> argparse.ArgumentParser:
     verb = verbs.add_parser("build", help="build images of the checkout as it is now")
     verb.add_argument("target", nargs="*", help=f"of: {', '.join(inputs.TARGETS)} (all)")
     verb.set_defaults(run=_build)
+    verb = verbs.add_parser(
+        "run", help="run a program in an image, without a network: run trainer python3 -V"
+    )
+    verb.add_argument("target", choices=inputs.TARGETS)
+    verb.add_argument("program", nargs=argparse.REMAINDER, help="the program and its arguments")
+    verb.set_defaults(run=_run)
     verb = verbs.add_parser("ls", help="list the images in the cache, the most recently used first")
     verb.set_defaults(run=_ls)
     verb = verbs.add_parser("prune", help="remove what the checkout as it is now does not need")
@@ -66,6 +72,18 @@ def _build(options: argparse.Namespace) -> None:
     for target in _known(options.target, dict(inputs.TARGETS)):
         image = build.build(target)
         print(f"{image.ref}\t{image.digest}\t{image.oci_layout}")
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not options.program:
+        raise DevclusterError(
+            "which program? for example: python -m devcluster.images run trainer python3 -V"
+        )
+    result = sandbox.run(build.build(options.target), *options.program, seconds=600)
+    sys.stdout.write(result.stdout)
+    sys.stderr.write(result.stderr)
+    if result.returncode != 0:
+        raise DevclusterError(f"{options.program[0]} exited with {result.returncode}")
 
 
 def _ls(_: argparse.Namespace) -> None:

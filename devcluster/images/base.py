@@ -96,16 +96,8 @@ def ensure(kind: str, *, refresh: bool = False) -> Base:
 
 
 def stored(base: Base) -> None:
-    """Unpack the base image into buildah's store, unless it is there."""
-    if buildah.has(base.ref):
-        return
-    with step(f"unpacking base image {base.kind!r} into buildah's store, which has not got it"):
-        # buildah makes a name of the path it is given, which a path with hidden folders is not fit for.
-        buildah.run(
-            "pull", "--quiet", f"oci:{base.folder.name}:{base.kind}", seconds=900, folder=base.folder.parent
-        )
-        content = json.loads(layout.blob(base.folder, base.digest).read_bytes())
-        buildah.run("tag", content["config"]["digest"].removeprefix("sha256:"), base.ref)
+    """See to it that buildah has the base image; only within `files.exclusive`."""
+    buildah.unpack(base.folder, base.kind, layout.config_digest(base.folder, base.digest), base.ref)
 
 
 def _pack(root: Path) -> dict[str, object]:

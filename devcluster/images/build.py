@@ -13,7 +13,7 @@ from devcluster.progress import say, step
 
 __all__ = ["ImageRef", "build"]
 
-_FORMAT = 1  # of what this module does with the inputs; part of the key
+_FORMAT = 2  # of what this module does with the inputs; part of the key
 # Layouts kept for each target: their large layers are shared, so that one more costs a few hundred kilobytes.
 KEPT = 8
 
@@ -95,8 +95,10 @@ def _run_dockerfile(target: str, name: str, context: Path, base_image: str, whee
 
 def _publish(target: str, name: str, tag: str, folder: Path) -> None:
     layout.link_pool(folder)
-    buildah.run("push", "--quiet", "--disable-compression", name, f"oci:{folder}:{tag}", seconds=900)
-    layout.finish(folder, layout.manifests(folder)[-1], [name, f"{repository(target)}:dev"])
+    buildah.run("push", "--quiet", name, f"oci:{folder}:{tag}", seconds=900)
+    layout.finish(
+        folder, layout.uncompress(folder, layout.manifests(folder)[-1]), [name, f"{repository(target)}:dev"]
+    )
     final = files.layouts() / f"{target}-{tag}"
     final.parent.mkdir(parents=True, exist_ok=True)
     folder.rename(final)

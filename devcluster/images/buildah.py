@@ -11,7 +11,7 @@ from pathlib import Path
 from devcluster import debian
 from devcluster.errors import DevclusterError
 from devcluster.images import files
-from devcluster.progress import tail
+from devcluster.progress import step, tail
 
 # A command in namespaces of its own: its mounts vanish with it, and all of it dies with this program, so that
 # an interrupted build leaves neither a mount in the cache (which rm -r would walk into) nor a process.
@@ -37,10 +37,18 @@ def _driver() -> str:
 
 
 def _command(driver: str, arguments: Sequence[object]) -> list[str]:
-    store = files.storage() / driver
-    where = ["--root", f"{store}/root", "--runroot", f"{store}/run", "--storage-driver", driver]
     # --net: without a network, so that no step can fetch anything that is not pinned.
-    return [*CONTAINED, "--net", "buildah", *where, *map(str, arguments)]
+    return [*CONTAINED, "--net", *_program(driver), *map(str, arguments)]
+
+
+def _program(driver: str) -> list[str]:
+    store = files.storage() / driver
+    return ["buildah", "--root", f"{store}/root", "--runroot", f"{store}/run", "--storage-driver", driver]
+
+
+def program() -> list[str]:
+    """buildah with the options that lead it to its store, for a script which is itself contained."""
+    return _program(_driver())
 
 
 def _invoke(
@@ -52,7 +60,7 @@ def _invoke(
         capture_output=True,
         text=True,
         stdin=subprocess.DEVNULL,
-        env=_environment(),
+        env=environment(),
         timeout=seconds,
         check=False,
     )
@@ -78,7 +86,7 @@ def run_logged(*arguments: object, log: Path, seconds: float) -> None:
                 stdin=subprocess.DEVNULL,
                 stdout=file,
                 stderr=subprocess.STDOUT,
-                env=_environment(),
+                env=environment(),
                 timeout=seconds,
                 check=False,
             ).returncode
@@ -100,7 +108,18 @@ def has(ref: str) -> bool:
     return bool(run("images", "--quiet", "--no-trunc", ref, check=False).strip())
 
 
-def _environment() -> dict[str, str]:
+def unpack(folder: Path, name: str, config_digest: str, ref: str) -> None:
+    """Take the image of that name in an OCI layout into the store, as `ref`, unless it is there."""
+    if has(ref):
+        return
+    with step(f"unpacking {ref} into buildah's store, which has not got it"):
+        # buildah makes a name of the path it is given, which a path with hidden folders is not fit for.
+        run("pull", "--quiet", f"oci:{folder.name}:{name}", seconds=900, folder=folder.parent)
+        run("tag", config_digest.removeprefix("sha256:"), ref)
+
+
+def environment() -> dict[str, str]:
+    """What every buildah runs with: room for large files, and a PATH with the folders of administrators."""
     temporary = files.storage() / "tmp"
     temporary.mkdir(parents=True, exist_ok=True)
     path = f"{os.environ.get('PATH', '')}:/usr/local/sbin:/usr/sbin:/sbin:/usr/bin:/bin"

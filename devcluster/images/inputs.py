@@ -25,12 +25,18 @@ TARGETS = {
     "operator": Target(
         base="python",
         lock="operator",
-        copies=("locks/operator.txt", "operator/trainyard_api", "operator/trainyard_operator"),
+        copies=(
+            "pyproject.toml",
+            "locks/operator.txt",
+            "operator/trainyard_api",
+            "operator/trainyard_operator",
+        ),
     ),
     "trainer": Target(
         base="torch",
         lock="trainer",
         copies=(
+            "pyproject.toml",
             "locks/trainer.txt",
             "locks/torch.txt",
             "locks/examples.txt",
@@ -43,9 +49,6 @@ TARGETS = {
     ),
 }
 RECIPE = ("Dockerfile", ".dockerignore")
-# Below the folder of the checkout; also what .dockerignore leaves out.
-_IGNORED_FOLDERS = {"__pycache__"}
-_IGNORED_SUFFIXES = {".pyc"}
 
 
 def listed(root: Path, target: Target) -> Iterator[Path]:
@@ -65,7 +68,9 @@ def listed(root: Path, target: Target) -> Iterator[Path]:
 
 
 def _ignored(path: Path, below: Path) -> bool:
-    return path.suffix in _IGNORED_SUFFIXES or bool(_IGNORED_FOLDERS & set(path.relative_to(below).parts))
+    """What tools leave in a checkout: byte code and hidden files; .dockerignore leaves out the same."""
+    parts = path.relative_to(below).parts
+    return path.suffix == ".pyc" or any(part == "__pycache__" or part.startswith(".") for part in parts)
 
 
 def key(root: Path, target: Target, *others: str) -> str:

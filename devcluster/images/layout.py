@@ -6,6 +6,7 @@ Implements `image-layout.md`, `manifest.md` and `config.md` of opencontainers/im
 from __future__ import annotations
 
 import dataclasses
+import gzip
 import hashlib
 import json
 import os
@@ -14,6 +15,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import IO, Any
 
+from devcluster.errors import DevclusterError
 from devcluster.images import files
 
 REF_NAME = "org.opencontainers.image.ref.name"
@@ -54,7 +56,7 @@ def pooled(digest: str) -> Path:
     return files.blobs() / digest.removeprefix("sha256:")
 
 
-def put_stream(stream: IO[bytes]) -> dict[str, Any]:
+def put_stream(stream: IO[bytes] | gzip.GzipFile) -> dict[str, Any]:
     """Store what the stream yields as a blob of the pool; returns the descriptor without its media type."""
     files.blobs().mkdir(parents=True, exist_ok=True)
     digest, size = hashlib.sha256(), 0
@@ -113,6 +115,29 @@ def link_pool(folder: Path) -> None:
         os.link(path, target / path.name)
 
 
+def uncompress(folder: Path, manifest: Mapping[str, Any]) -> dict[str, Any]:
+    """Store an image's compressed layers as they are uncompressed; returns the changed manifest's descriptor.
+
+    buildah compresses whatever it writes into an OCI layout, but takes a layer for present whose uncompressed
+    form lies there. So each layer is compressed and uncompressed once in its life, nodes never have to, and the
+    manifest's digest is decided by the layers' contents alone.
+    """
+    content = json.loads(blob(folder, manifest["digest"]).read_bytes())
+    plain = json.loads(blob(folder, content["config"]["digest"]).read_bytes())["rootfs"]["diff_ids"]
+    for layer, diff_id in zip(content["layers"], plain, strict=True):
+        if layer["digest"] == diff_id:
+            continue
+        with gzip.open(blob(folder, layer["digest"])) as stream:
+            layer.update(put_stream(stream), mediaType=LAYER)
+        if layer["digest"] != diff_id:
+            raise DevclusterError(f"buildah wrote a layer {layer['digest']} which it calls {diff_id}")
+    described = put_json(content, MANIFEST)
+    for digest in {described["digest"], *plain}:
+        if not blob(folder, digest).exists():
+            os.link(pooled(digest), blob(folder, digest))
+    return described
+
+
 def finish(folder: Path, manifest: Mapping[str, Any], names: list[str]) -> None:
     """Reduce a layout to one image under these names, and put its new blobs into the pool."""
     descriptor = {key: manifest[key] for key in ("mediaType", "digest", "size")}
@@ -136,6 +161,11 @@ def manifests(folder: Path) -> list[dict[str, Any]]:
     """The index's entries."""
     entries: list[dict[str, Any]] = json.loads((folder / "index.json").read_text())["manifests"]
     return entries
+
+
+def config_digest(folder: Path, manifest_digest: str) -> str:
+    """The digest of an image's configuration, which is what buildah calls the image's id."""
+    return str(json.loads(blob(folder, manifest_digest).read_bytes())["config"]["digest"])
 
 
 def size(folder: Path) -> int:
