@@ -6,6 +6,7 @@ import json
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -75,10 +76,8 @@ class FakeCoordinator:
         with self._changed:
             self._changed.notify_all()
         for connection in list(self._sockets):
-            try:
+            with suppress(OSError):
                 connection.shutdown(2)
-            except OSError:
-                pass
         self._sockets.clear()
 
     def direct(self, pod_uid: str, directive: Directive) -> None:

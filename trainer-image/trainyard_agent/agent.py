@@ -11,16 +11,15 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from pathlib import Path
+from dataclasses import replace
 from typing import Any
 
+from trainyard_agent import hearsay, termination
 from trainyard_agent import state as states
-from trainyard_agent import termination
 from trainyard_agent.attempt import Attempt, close_fds, request_for, work_dir
 from trainyard_agent.coordinator import Answer, Coordinator, Link, Mailbox, Refusal
-from trainyard_agent.inbox import Inbox, parse_progress, parse_resumed
-from trainyard_agent.launchrequest import LaunchRequest
-from trainyard_agent.log import one_line, say
+from trainyard_agent.inbox import Inbox
+from trainyard_agent.log import say
 from trainyard_agent.logpump import LogPump
 from trainyard_agent.prctl import become_subreaper
 from trainyard_agent.processes import KILL_SECONDS, kill_all
@@ -29,7 +28,7 @@ from trainyard_agent.state import State, Verb
 from trainyard_agent.uploader import Uploader
 from trainyard_agent.zygote import Channel, LaunchFailed, NotThere, NotUsable, Zygote
 from trainyard_api.contract import Env, ExitCode
-from trainyard_api.protocol import AgentPhase, Beat, Checkpoint, Directive, Failure
+from trainyard_api.protocol import AgentPhase, Beat, Directive, Failure
 
 DRAIN_RESERVE_SECONDS = 5.0
 """Part of the grace period that is kept for ending; the uploader has the rest."""
@@ -46,9 +45,10 @@ class Agent:
         self._worker_env = {k: v for k, v in environ.items() if k not in _NOT_FOR_WORKERS} | {
             str(Env.RUNTIME_DIR): str(settings.runtime_dir),
             str(Env.AGENT_SOCKET): str(settings.agent_socket),
-            str(Env.UPLOADER_SOCKET): str(settings.uploader_socket),
         }
         self._worker_env.pop(Env.ATTEMPT, None)
+        if settings.checkpoint_uri:
+            self._worker_env[Env.UPLOADER_SOCKET] = str(settings.uploader_socket)
         settings.runtime_dir.mkdir(parents=True, exist_ok=True)
         become_subreaper()
         self._state = State(
@@ -90,11 +90,16 @@ class Agent:
         self._ended_at = 0.0
         self._refused_since: float | None = None
         self._refused_said = False
-        self._refused_revision = ""
+        self._refusals = 0
+        """Directives in a row about attempts that are over."""
 
     def _link(self) -> Link:
         s = self._settings
         return Link(s.coordinator_url, s.coordinator_ca, s.token_file, s.run_uid)
+
+    @property
+    def _drain_seconds(self) -> float:
+        return max(self._settings.grace_seconds - DRAIN_RESERVE_SECONDS, 1.0)
 
     def _make_uploader(self) -> Uploader | None:
         s = self._settings
@@ -104,6 +109,7 @@ class Agent:
             self._worker_env,
             s.uploader_socket,
             s.runtime_dir / "staging",
+            self._drain_seconds,
             self._selector,
             heard=self._uploader_said,
             warn=self._warn,
@@ -138,7 +144,7 @@ class Agent:
                 callback: Callable[[], None] = key.data
                 callback()
         self._reap()
-        if self._terminated and self._state.beat.phase is not AgentPhase.DRAINING:
+        if self._terminated and self._exit is None:
             self._drain()
         while self._exit is None and not self._answers.empty():
             self._answered(self._answers.get())
@@ -210,14 +216,16 @@ class Agent:
 
     def _obey(self, directive: Directive) -> None:
         verb = states.decide(self._state, directive)
+        if verb is not Verb.REFUSE:
+            self._refusals = 0
         if verb is Verb.EXIT:
             self._leave(directive.exit_code, f"told to exit: {directive.reason or 'no reason given'}")
         elif verb is Verb.REFUSE:
-            if directive.revision != self._refused_revision:
-                self._refused_revision = directive.revision
-                say(
-                    f"ignored a directive about attempt {directive.attempt}: attempt {self._state.newest} is newer"
-                )
+            # One answer may be overtaken by another; only a coordinator that insists is worth a line.
+            self._refusals += 1
+            if self._refusals == 3:
+                newest = self._state.newest
+                say(f"ignoring directives about attempt {directive.attempt}: attempt {newest} is newer")
         elif verb is Verb.LAUNCH:
             self._run_attempt(directive)
         else:
@@ -276,39 +284,36 @@ class Agent:
             attempt.exited(code)
 
     def _launch(self, attempt: Attempt) -> None:
-        """Raises OSError, LaunchFailed."""
+        """By the zygote if there is one, else by a fresh process. Raises OSError, LaunchFailed."""
         self._reaped.clear()
-        folder = work_dir(self._settings.runtime_dir, attempt.number)
+        number = attempt.number
+        folder = work_dir(self._settings.runtime_dir, number)
+        env = self._worker_env | {str(Env.ATTEMPT): str(number)}
+        request = request_for(
+            attempt.directive,
+            run_uid=self._settings.run_uid,
+            pod_ip=self._settings.pod_ip,
+            env=env,
+            folder=folder,
+        )
         fds = attempt.prepare(self._pump)
         try:
             if self._zygote.usable:
                 try:
-                    attempt.launcher = self._zygote.launch(self._request(attempt, folder, fork=True), fds)
+                    attempt.launcher = self._zygote.launch(request, fds)
                     return
                 except NotThere:
-                    say("the zygote is gone; this attempt starts from a fresh process")
+                    say(f"attempt {number}: the zygote is gone, starting from a fresh process")
                 except NotUsable as error:
                     self._zygote.give_up(str(error))
-            fresh = Channel(
-                "trainyard.elastic.launcher", self._worker_env | {str(Env.ATTEMPT): str(attempt.number)}
-            )
+            fresh = Channel("trainyard.elastic.launcher", env)
             attempt.launcher = fresh.pid
             try:
-                fresh.send(self._request(attempt, folder, fork=False), fds)
+                fresh.send(replace(request, fork=False), fds)
             finally:
                 fresh.close()
         finally:
             close_fds(fds)
-
-    def _request(self, attempt: Attempt, folder: Path, *, fork: bool) -> LaunchRequest:
-        return request_for(
-            attempt.directive,
-            run_uid=self._settings.run_uid,
-            pod_ip=self._settings.pod_ip,
-            env=self._worker_env | {str(Env.ATTEMPT): str(attempt.number)},
-            folder=folder,
-            fork=fork,
-        )
 
     def _started(self, pids: list[int]) -> None:
         if self._attempt is None:
@@ -358,40 +363,25 @@ class Agent:
 
     def _worker_said(self, message: dict[str, Any]) -> None:
         """Raises ValueError, KeyError or TypeError for nonsense."""
-        op = message.get("op")
-        phase = self._state.beat.phase
-        if op == "progress":
-            attempt, progress = parse_progress(message)
-            self._become(states.progressed(self._state, attempt, progress))
-            if phase is AgentPhase.STARTING and self._state.beat.phase is AgentPhase.RUNNING:
-                say(f"attempt {attempt}: first step taken (step {progress.step})")
-        elif op == "resumed":
-            where = parse_resumed(message)
-            self._become(states.resumed(self._state, where))
-            fell_back = f"; passed over newer ones: {where.fell_back}" if where.fell_back else ""
-            say(
-                f"attempt {where.attempt}: goes on from step {where.step} ({where.uri or 'nothing saved'}){fell_back}"
-            )
+        self._heard(hearsay.worker_said(self._state, message))
 
     def _uploader_said(self, message: dict[str, Any]) -> None:
-        op = message.get("op")
-        if op == "committed":
-            with suppress(KeyError, TypeError, ValueError):
-                step, seq, uri = int(message["step"]), int(message["seq"]), one_line(message.get("uri", ""))
-                when = float(message.get("time") or time.time())
-                self._become(
-                    states.committed(self._state, Checkpoint(step=step, seq=seq, uri=uri, time=when))
-                )
-                say(f"checkpoint of step {step} committed ({uri})")
-        elif op == "warning":
-            self._warn(f"checkpoints: {message.get('message', '')}")
+        with suppress(KeyError, TypeError, ValueError):
+            self._heard(hearsay.uploader_said(self._state, message))
+
+    def _heard(self, heard: tuple[State, str]) -> None:
+        new, line = heard
+        if line:
+            say(line)
+        self._become(new)
 
     # ---- the end --------------------------------------------------------------------------------------
 
     def _drain(self) -> None:
         """SIGTERM: the pod is to go."""
         say("SIGTERM: draining")
-        self._become(states.draining(self._state))
+        if self._state.beat.phase is not AgentPhase.SUCCEEDED:  # what is done stays done
+            self._become(states.draining(self._state))
         self._waiting = None
         self._mailbox.wait_delivered(FAREWELL_SECONDS / 2)
         self._leave(ExitCode.OK, "the pod was asked to stop")
@@ -419,7 +409,7 @@ class Agent:
 
     def _finish(self, code: int) -> int:
         """Kills what is left, lets the uploader finish, says goodbye."""
-        deadline = time.monotonic() + max(self._settings.grace_seconds - DRAIN_RESERVE_SECONDS, 1.0)
+        deadline = time.monotonic() + self._drain_seconds
         self._kill()
         zygote = self._zygote.pid
         self._zygote.close()

@@ -65,7 +65,7 @@ class Attempt:
             try:
                 messages = self._reader.read()
             except Closed:
-                self.close()
+                self._stop_reading()
                 return
             if not messages:
                 return
@@ -85,8 +85,11 @@ class Attempt:
             self._failed(Failure(attempt=self.number, message=one_line(message), time=time.time()))
 
     def close(self) -> None:
-        """Stops listening."""
+        """Stops listening: whatever comes now is of no interest."""
         self._over = True
+        self._stop_reading()
+
+    def _stop_reading(self) -> None:
         if self._report is not None:
             self._selector.unregister(self._report)
             os.close(self._report)
@@ -122,9 +125,9 @@ def work_dir(runtime: Path, attempt: int) -> Path:
 
 
 def request_for(
-    directive: Directive, *, run_uid: str, pod_ip: str, env: dict[str, str], folder: Path, fork: bool
+    directive: Directive, *, run_uid: str, pod_ip: str, env: dict[str, str], folder: Path
 ) -> LaunchRequest:
-    """The launch request that carries out `directive`."""
+    """The launch request that carries out `directive` with forked workers."""
     return LaunchRequest(
         attempt=directive.attempt,
         run_id=f"{run_uid}-{directive.attempt}",
@@ -136,7 +139,7 @@ def request_for(
         local_addr=pod_ip,
         work_dir=str(folder),
         agent_pid=os.getpid(),
-        fork=fork,
+        fork=True,
         env=env,
     )
 

@@ -33,6 +33,7 @@ class Uploader:
         env: dict[str, str],
         socket_path: Path,
         staging: Path,
+        drain_seconds: float,
         selector: selectors.BaseSelector,
         *,
         heard: Callable[[dict[str, Any]], None],
@@ -40,7 +41,14 @@ class Uploader:
     ) -> None:
         self._env = env
         self._socket_path = socket_path
-        self._staging = staging
+        self._arguments = [
+            "--socket",
+            str(socket_path),
+            "--staging",
+            str(staging),
+            "--drain",
+            f"{drain_seconds:g}",
+        ]
         self._selector = selector
         self._heard, self._warn = heard, warn
         self._events: socket.socket | None = None
@@ -94,9 +102,8 @@ class Uploader:
 
     def _start(self, now: float) -> None:
         self._started = now
-        arguments = ["--socket", str(self._socket_path), "--staging", str(self._staging)]
         try:
-            self.pid = spawn(["-m", "trainyard.checkpoint.uploader", *arguments], self._env)
+            self.pid = spawn(["-m", "trainyard.checkpoint.uploader", *self._arguments], self._env)
             self._next = now + SUBSCRIBE_SECONDS
         except OSError as error:
             self._failed(f"could not be started: {error}")

@@ -84,10 +84,11 @@ def _run(request: LaunchRequest, fds: list[int], report: Callable[[dict[str, Any
     if request.node_rank != 0:
         wait_for_listener(request.master_addr, request.master_port, MEETING_SECONDS)
     work_dir, launcher = Path(request.work_dir), os.getpid()
+    kept = worker.open_fds() - set(fds)
     local_ranks = range(request.procs_per_node)
 
     def forked_worker() -> NoReturn:
-        worker.forked(launcher, work_dir, fds)
+        worker.forked(launcher, work_dir, fds, kept)
 
     def output(local_rank: int, stream: int) -> str:
         return "" if request.fork else f"/dev/fd/{fds[1 + 2 * local_rank + stream]}"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import atexit
 import ctypes
+import multiprocessing.process
 import os
 import runpy
 import signal
@@ -26,6 +27,7 @@ from trainyard_api.contract import Env
 
 LAUNCHER_PID = "TRAINYARD_LAUNCHER_PID"
 WORK_DIR = "TRAINYARD_WORK_DIR"
+_MAIN_PROCESS = multiprocessing.current_process()
 TEARDOWN_SECONDS = 5.0
 """Longest time that a worker which failed may take to end (threads that do not stop, exit handlers that hang)."""
 
@@ -71,7 +73,11 @@ def _print(error: BaseException) -> None:
         if error.code is not None and not isinstance(error.code, int):
             print(error.code, file=sys.stderr)
     else:
-        sys.excepthook(type(error), error, _from_user(error.__traceback__))
+        error.__traceback__ = _from_user(error.__traceback__)
+        # The log has the rank in front of each line already; torch's hook (distributed_c10d) would add it again.
+        torchs = getattr(sys.excepthook, "__module__", "").startswith("torch.")
+        hook = sys.__excepthook__ if torchs else sys.excepthook
+        hook(type(error), error, error.__traceback__)
 
 
 def _from_user(traceback: TracebackType | None) -> TracebackType | None:
@@ -112,15 +118,30 @@ def _common(launcher: int, rank: str) -> None:
     set_name(f"rank{rank}")
 
 
-def forked(launcher: int, work_dir: Path, fds: Sequence[int]) -> NoReturn:
-    """Body of a worker that torchelastic forked. `fds`: stdout and stderr of each local rank, others to be closed."""
+def open_fds() -> set[int]:
+    """Descriptors of this process."""
+    found = set()
+    for fd in [int(entry.name) for entry in Path("/proc/self/fd").iterdir()]:
+        with suppress(OSError):  # the one that the listing itself took
+            os.fstat(fd)
+            found.add(fd)
+    return found
+
+
+def forked(launcher: int, work_dir: Path, fds: Sequence[int], kept: set[int]) -> NoReturn:
+    """Body of a worker that torchelastic forked.
+
+    `fds`: the launcher's report pipe, then stdout and stderr of each local rank. `kept`: what the zygote had open
+    (a preloaded module may want it); what the launcher opened since, such as the store's sockets, is closed.
+    """
     local_rank = int(os.environ["LOCAL_RANK"])
     _common(launcher, os.environ["RANK"])
     null = os.open(os.devnull, os.O_RDONLY)
     for source, target in zip((null, *fds[1 + 2 * local_rank :][:2]), (0, 1, 2), strict=True):
         os.dup2(source, target)
-    for fd in (null, *fds):
+    for fd in open_fds() - kept - {0, 1, 2}:
         os.close(fd)
+    sys.stdin = open(0, closefd=False)  # noqa: SIM115 - multiprocessing had put another one there
     for name in (LAUNCHER_PID, WORK_DIR):
         del os.environ[name]
     _be_main_process()
@@ -132,11 +153,9 @@ def forked(launcher: int, work_dir: Path, fds: Sequence[int]) -> NoReturn:
 
 def _be_main_process() -> None:
     """Not a child of the multiprocessing module: its name and parent are what a program may look at."""
-    from multiprocessing import process
-
-    with suppress(AttributeError):
-        process._current_process = process._MainProcess()  # type: ignore[attr-defined]
-        process._parent_process = None  # type: ignore[attr-defined]
+    process = multiprocessing.process
+    process._current_process = _MAIN_PROCESS  # type: ignore[attr-defined]
+    process._parent_process = None  # type: ignore[attr-defined]
 
 
 def main() -> NoReturn:
