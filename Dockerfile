@@ -2,7 +2,7 @@
 #
 #   BASE_IMAGE  any image with Python 3.11 or newer. The default serves users; Trainyard's own tests have Debian images
 #               made by `python -m devcluster.images base`.
-#   TORCH       pypi: install locks/torch.txt (for the CPU build, or another CUDA, see docs: regenerate that lock by
+#   TORCH       pypi: install locks/torch.txt (for the CPU build, or another CUDA, regenerate that lock by
 #               `python -m devcluster.images.locks torch --torch-backend cpu` and give PIP_EXTRA_INDEX_URL);
 #               base: BASE_IMAGE has torch >= 2.10 and numpy already, as vendors' images have.
 #   EXTRAS      examples: also scikit-learn, which the digits example reads its data from.
