@@ -175,7 +175,7 @@ class FakeApi:
         if not name:
             raise ApiError(422, "Invalid", "metadata.name: Required value")
         if meta.get("resourceVersion"):
-            raise ApiError(400, "BadRequest", "resourceVersion should not be set on objects to be created")
+            raise ApiError(500, "Unknown", "resourceVersion should not be set on objects to be created")
         if resource.namespaced and meta.setdefault("namespace", namespace) != namespace:
             raise ApiError(400, "BadRequest", "the namespace of the object does not match the request")
         key = (namespace or "", name)
@@ -226,10 +226,11 @@ class FakeApi:
             self._orphan(obj["metadata"]["uid"])
         if obj["metadata"].get("finalizers") or self._graceful(resource, obj, grace_seconds):
             if "deletionTimestamp" not in obj["metadata"]:
-                new = copy.deepcopy(obj)
-                new["metadata"]["deletionTimestamp"] = CREATION_TIME
-                self._store(resource, key, new, "MODIFIED", obj)
+                grace = grace_seconds if grace_seconds is not None else _grace_seconds(resource, obj)
+                self._terminate(resource, key, obj, grace)
         else:
+            if resource == PODS:  # as kinds with graceful deletion do, even if there is no grace
+                self._terminate(resource, key, obj, 0)
             self._remove(resource, key)
         self._leave(call, obj)
 
@@ -353,6 +354,11 @@ class FakeApi:
             self._collect(old["metadata"]["uid"])
         return gone
 
+    def _terminate(self, resource: Resource, key: tuple[str, str], obj: Object, grace: int) -> None:
+        new = copy.deepcopy(obj)
+        new["metadata"] |= {"deletionTimestamp": CREATION_TIME, "deletionGracePeriodSeconds": grace}
+        self._store(resource, key, new, "MODIFIED", obj)
+
     def _publish(self, change: _Change) -> None:
         self._history.append(change)
         for queue in self._streams.values():
@@ -387,6 +393,10 @@ class FakeApi:
         for resource, key, obj in self._dependents(uid):
             if len(obj["metadata"]["ownerReferences"]) == 1 and key in self._of(resource):
                 self._remove(resource, key)
+
+
+def _grace_seconds(resource: Resource, obj: Object) -> int:
+    return obj.get("spec", {}).get("terminationGracePeriodSeconds", 30) if resource == PODS else 0
 
 
 def merge(target: object, patch: object) -> Object:

@@ -62,7 +62,7 @@ async def check_names_are_unique(api: Api, namespace: str) -> None:
     assert await refused(api.get(LEASES, namespace, "two")) == (404, "NotFound")
     assert await refused(api.merge_patch(LEASES, namespace, "two", {})) == (404, "NotFound")
     assert await refused(api.delete(LEASES, namespace, "two")) == (404, "NotFound")
-    assert (await refused(api.create(LEASES, namespace, {**made})))[0] == 400
+    assert (await refused(api.create(LEASES, namespace, made)))[0] == 500, "with a resourceVersion"
     elsewhere = {"metadata": {"name": "x", "namespace": "kube-system"}}
     assert (await refused(api.create(LEASES, namespace, elsewhere)))[0] == 400
 
@@ -164,9 +164,16 @@ async def check_pods_on_a_node_end_gracefully(api: Api, namespace: str) -> None:
     assert "deletionTimestamp" in (await api.get(PODS, namespace, "bound"))["metadata"]
     await api.delete(PODS, namespace, "bound", grace_seconds=0)
     assert (await refused(api.get(PODS, namespace, "bound")))[0] == 404
-    found = await events(api, PODS, namespace, start, 5)
-    bound = [e for e in found if e.object["metadata"]["name"] == "bound"]
-    assert [e.type for e in bound] == ["ADDED", "MODIFIED", "DELETED"]
+    found = await events(api, PODS, namespace, start, 7)
+    told: dict[str, list[tuple[str, int | None]]] = {"free": [], "bound": []}
+    for event in found:
+        meta = event.object["metadata"]
+        told[meta["name"]].append((event.type, meta.get("deletionGracePeriodSeconds")))
+    ended = [("MODIFIED", 0), ("DELETED", 0)]
+    assert told == {
+        "free": [("ADDED", None), *ended],
+        "bound": [("ADDED", None), ("MODIFIED", 30), *ended],
+    }, told
 
 
 async def check_finalizers_hold(api: Api, namespace: str) -> None:
