@@ -26,6 +26,7 @@ from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import aiohttp
 import yaml
@@ -314,6 +315,65 @@ class Process:
         if self.alive:
             self.popen.kill()
         self.popen.wait(10)
+
+
+# ---- the network ------------------------------------------------------------------------------------
+
+
+class Proxy:
+    """TCP in front of the API server, which can be cut."""
+
+    def __init__(self, target: tuple[str, int]) -> None:
+        self.target = target
+        self.open: set[asyncio.StreamWriter] = set()
+        self.cut = False
+        self.port = 0
+
+    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.cut:
+            writer.transport.abort()
+            return
+        upstream_reader, upstream = await asyncio.open_connection(*self.target)
+        self.open |= {writer, upstream}
+        try:
+            await asyncio.gather(pump(reader, upstream), pump(upstream_reader, writer))
+        finally:
+            self.open -= {writer, upstream}
+            for end in (writer, upstream):
+                end.close()
+
+    @property
+    def url(self) -> str:
+        return f"https://127.0.0.1:{self.port}"
+
+    @classmethod
+    @contextlib.asynccontextmanager
+    async def to(cls, server: str) -> AsyncIterator[Proxy]:
+        """In front of this https URL."""
+        url = urlsplit(server)
+        assert url.hostname and url.port
+        made = cls((url.hostname, url.port))
+        listening = await asyncio.start_server(made.handle, "127.0.0.1", 0)
+        made.port = listening.sockets[0].getsockname()[1]
+        try:
+            yield made
+        finally:
+            listening.close()
+            made.cut = True
+            made.break_all()
+            await asyncio.sleep(0.05)
+
+    def break_all(self) -> None:
+        for writer in list(self.open):
+            writer.transport.abort()
+
+
+async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    with contextlib.suppress(ConnectionError):
+        while data := await reader.read(65536):
+            writer.write(data)
+            await writer.drain()
+    writer.close()
 
 
 # ---- agents -----------------------------------------------------------------------------------------

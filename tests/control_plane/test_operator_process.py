@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import signal
 import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
-from urllib.parse import urlsplit
 
 import pytest
 
 from devcluster.cluster import ControlPlane
 from tests.control_plane.manifests import training_run
-from tests.control_plane.operator_tools import Cluster, Operator, until
+from tests.control_plane.operator_tools import Cluster, Operator, Proxy, until
 from tests.control_plane.server import Server
 
 
@@ -34,55 +32,10 @@ def operator(
         made.stop_all()
 
 
-class Proxy:
-    """TCP in front of the API server, which can be cut."""
-
-    def __init__(self, target: tuple[str, int]) -> None:
-        self.target = target
-        self.open: set[asyncio.StreamWriter] = set()
-        self.cut = False
-        self.port = 0
-        self._tasks: set[asyncio.Task[None]] = set()
-
-    async def handle(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.cut:
-            writer.transport.abort()
-            return
-        upstream_reader, upstream = await asyncio.open_connection(*self.target)
-        self.open |= {writer, upstream}
-        try:
-            async with asyncio.TaskGroup() as group:
-                group.create_task(pump(reader, upstream))
-                group.create_task(pump(upstream_reader, writer))
-        finally:
-            self.open -= {writer, upstream}
-            for end in (writer, upstream):
-                end.close()
-
-    def break_all(self) -> None:
-        for writer in list(self.open):
-            writer.transport.abort()
-
-
-async def pump(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-    with contextlib.suppress(ConnectionError):
-        while data := await reader.read(65536):
-            writer.write(data)
-            await writer.drain()
-    writer.close()
-
-
 @pytest.fixture
 async def proxy(control_plane: ControlPlane) -> AsyncIterator[Proxy]:
-    url = urlsplit(control_plane.server)
-    assert url.hostname and url.port
-    made = Proxy((url.hostname, url.port))
-    server = await asyncio.start_server(made.handle, "127.0.0.1", 0)
-    made.port = server.sockets[0].getsockname()[1]
-    yield made
-    server.close()
-    made.break_all()
-    await asyncio.sleep(0)
+    async with Proxy.to(control_plane.server) as made:
+        yield made
 
 
 async def test_it_works_with_no_more_rights_than_deployed(operator: Operator, cluster: Cluster) -> None:
@@ -133,6 +86,7 @@ async def test_a_standby_takes_over(operator: Operator, cluster: Cluster, number
     await standby.until_ready()
     cluster.apply(training_run(name="two"))
     await until("pods of the second run", lambda: len(cluster.pods()) == 4)
+    await asyncio.sleep(3.5)  # its Events, and the status that waits for the interval of 2 s
     began = time.time()
     await asyncio.sleep(1)
     assert cluster.operator_writes(began) == []
@@ -150,7 +104,7 @@ async def test_a_leader_that_was_frozen_ends_instead_of_writing(operator: Operat
 
 
 async def test_broken_connections_are_made_again(operator: Operator, cluster: Cluster, proxy: Proxy) -> None:
-    process = operator.start(server=f"https://127.0.0.1:{proxy.port}", TRAINYARD_LEASE_DURATION="15")
+    process = operator.start(server=proxy.url, TRAINYARD_LEASE_DURATION="15")
     await process.until_ready()
     cluster.apply(training_run(name="before"))
     await until("pods", lambda: len(cluster.pods()) == 2)
