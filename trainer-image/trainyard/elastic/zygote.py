@@ -11,6 +11,7 @@ import importlib
 import importlib.util
 import json
 import os
+import pkgutil
 import socket
 import sys
 import time
@@ -29,6 +30,11 @@ ALWAYS = (
     "torch.distributed.run",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
     "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+    "torch.nn.parallel",
+    "torch.optim",
+    # The first optimizer that is made imports this (torch._compile): 900 modules, seconds of CPU in each rank of each
+    # attempt. It was most of the time from a failure to the first new step.
+    "torch._dynamo",
     "trainyard.elastic.ranks",
 )
 IF_THERE = ("numpy", "boto3")
@@ -49,16 +55,21 @@ def import_all(preload: list[str], folder: str) -> list[str]:
             importlib.import_module(name)
     sys.path.insert(0, folder)
     try:
-        for name in ("trainyard", *preload):
+        for name in (*_library(), *preload):
             try:
-                module = importlib.import_module(name)
-                for public in getattr(module, "__all__", ()) if name == "trainyard" else ():
-                    getattr(module, public)  # it imports its parts when they are asked for
+                importlib.import_module(name)
             except Exception as error:  # a user's module may raise anything
                 problems.append(f"cannot preload {name}: {type(error).__name__}: {error}")
     finally:
         sys.path.remove(folder)
     return problems
+
+
+def _library() -> list[str]:
+    """All modules of the training library: it imports its parts when they are asked for, which is too late here."""
+    package = importlib.import_module("trainyard")
+    names = (m.name for m in pkgutil.walk_packages(package.__path__, "trainyard."))
+    return [n for n in names if not n.endswith("__main__")]
 
 
 def why_not_fork() -> str:
