@@ -17,6 +17,7 @@ from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
 from tests.fakes.label_selectors import matches
+from tests.fakes.merge_patch import merge
 from trainyard_operator.kube.api import PODS, RUNS, ApiError, Object, Resource, WatchEvent
 
 WITH_STATUS = (RUNS, PODS)
@@ -397,20 +398,6 @@ class FakeApi:
 
 def _grace_seconds(resource: Resource, obj: Object) -> int:
     return obj.get("spec", {}).get("terminationGracePeriodSeconds", 30) if resource == PODS else 0
-
-
-def merge(target: object, patch: object) -> Object:
-    """JSON merge patch, RFC 7396; the result shares nothing with its arguments."""
-    result = copy.deepcopy(target) if isinstance(target, dict) else {}
-    assert isinstance(patch, dict)
-    for key, value in patch.items():
-        if value is None:
-            result.pop(key, None)
-        elif isinstance(value, dict):
-            result[key] = merge(result.get(key), value)
-        else:
-            result[key] = copy.deepcopy(value)
-    return result
 
 
 def _seen(change: _Change, resource: Resource, namespace: str | None, selector: str) -> WatchEvent | None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from contextlib import aclosing
 from typing import Any
 
-from tests.fakes.api import merge
+from tests.fakes.merge_patch import merge
 from trainyard_operator.kube.api import LEASES, PODS, Api, ApiError, Object, Resource, WatchEvent
 
 SECONDS = 20.0

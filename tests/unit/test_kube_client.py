@@ -247,7 +247,7 @@ def answer_of(script: Script, name: str) -> Any:
         "no json": script.stream(line("ADDED"), b"oops\n"),
         "no event": script.stream(line("ADDED"), b"[1]\n"),
         "silence": script.stream(line("ADDED"), then="stall"),
-        "a byte now and then": script.stream(line("ADDED"), *[b"{"] * 100, then="stall", every=0.02),
+        "a byte now and then": script.stream(line("ADDED"), *[b"{"] * 100, every=0.02),
         "no headers": script.hang(),
     }[name]
 
