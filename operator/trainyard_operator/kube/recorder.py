@@ -241,8 +241,8 @@ def clean(note: str) -> str:
 
     Notes carry what user code printed, and end in people's terminals.
     """
-    spaced = " ".join(note.split())
-    kept = "".join(c for c in spaced if unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    kept = "".join(c for c in note if c.isspace() or unicodedata.category(c) not in ("Cc", "Cf", "Cs"))
+    kept = " ".join(kept.split())  # after it: what was taken out may have stood between two spaces
     data = kept.encode()
     if len(data) <= MAX_NOTE:
         return kept
