@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import ssl
 import threading
 import time
 from collections.abc import Callable
@@ -79,6 +80,11 @@ class FakeCoordinator:
             with suppress(OSError):
                 connection.shutdown(2)
         self._sockets.clear()
+
+    def encrypt(self, context: ssl.SSLContext) -> None:
+        """Serves HTTPS from now on."""
+        assert self._server is not None
+        self._server.socket = context.wrap_socket(self._server.socket, server_side=True)
 
     def direct(self, pod_uid: str, directive: Directive) -> None:
         with self._changed:

@@ -16,7 +16,14 @@ from typing import Any
 
 from trainyard_agent import hearsay, termination
 from trainyard_agent import state as states
-from trainyard_agent.attempt import Attempt, close_fds, request_for, work_dir
+from trainyard_agent.attempt import (
+    Attempt,
+    close_fds,
+    describe_failure,
+    describe_start,
+    request_for,
+    work_dir,
+)
 from trainyard_agent.coordinator import Answer, Coordinator, Link, Mailbox, Refusal
 from trainyard_agent.inbox import Inbox
 from trainyard_agent.log import say
@@ -34,7 +41,6 @@ DRAIN_RESERVE_SECONDS = 5.0
 """Part of the grace period that is kept for ending; the uploader has the rest."""
 FAREWELL_SECONDS = 1.0
 """Longest wait for the last report to be delivered."""
-_NOT_FOR_WORKERS = (Env.COORDINATOR_URL, Env.COORDINATOR_CA, Env.TOKEN_FILE)
 _ONE_THREAD = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 
 
@@ -42,13 +48,7 @@ class Agent:
     def __init__(self, settings: Settings, environ: Mapping[str, str]) -> None:
         """Raises OSError when the runtime folder or the socket cannot be made, ValueError for a bad CA."""
         self._settings = settings
-        self._worker_env = {k: v for k, v in environ.items() if k not in _NOT_FOR_WORKERS} | {
-            str(Env.RUNTIME_DIR): str(settings.runtime_dir),
-            str(Env.AGENT_SOCKET): str(settings.agent_socket),
-        }
-        self._worker_env.pop(Env.ATTEMPT, None)
-        if settings.checkpoint_uri:
-            self._worker_env[Env.UPLOADER_SOCKET] = str(settings.uploader_socket)
+        self._worker_env = settings.worker_env(environ)
         settings.runtime_dir.mkdir(parents=True, exist_ok=True)
         become_subreaper()
         self._state = State(
@@ -316,22 +316,11 @@ class Agent:
             close_fds(fds)
 
     def _started(self, pids: list[int]) -> None:
-        if self._attempt is None:
-            return
-        d = self._attempt.directive
-        first = d.node_rank * d.procs_per_node
-        ranks = f"rank {first}" if len(pids) == 1 else f"rank {first}-{first + len(pids) - 1}"
-        numbers = " ".join(map(str, pids))
-        say(
-            f"attempt {d.attempt}: workers started (pid {numbers}), {ranks} of {d.nodes * d.procs_per_node}, "
-            f"master {d.master_addr}:{d.master_port}"
-        )
+        if self._attempt is not None:
+            say(describe_start(self._attempt.directive, pids))
 
     def _failed(self, failure: Failure) -> None:
-        who = "the launcher" if failure.rank is None else f"rank {failure.rank}"
-        code = "" if failure.exit_code is None else f" (exit code {failure.exit_code})"
-        text = ": ".join(part for part in (failure.exception, failure.message) if part)
-        say(f"attempt {failure.attempt}: {who} failed{code}: {text}{' [echo]' if failure.collateral else ''}")
+        say(describe_failure(failure))
         self._become(states.failed(self._state, failure))
         self._ended_at = time.monotonic()
         self._sweep = True
@@ -393,12 +382,9 @@ class Agent:
         return max(self._ended_at, self._heard_at) + self._settings.lonely_seconds
 
     def _give_up(self) -> None:
-        failure = self._state.beat.failure
-        code = 0 if failure is None else 1 if failure.exit_code is None else failure.exit_code
-        code = 128 - code if code < 0 else code
-        self._leave(
-            code, f"no answer from the coordinator for {self._settings.lonely_seconds:.0f} s after the end"
-        )
+        waited = f"{self._settings.lonely_seconds:.0f} s"
+        code = termination.exit_code(self._state.beat.failure)
+        self._leave(code, f"no answer from the coordinator for {waited} after the end")
 
     def _leave(self, code: int, why: str) -> None:
         """Ends the loop."""
@@ -435,13 +421,7 @@ class Agent:
         return code
 
     def _write_termination(self, outcome: str, code: int | None, message: str = "") -> None:
-        beat = self._state.beat
-        text = termination.render(
-            attempt=beat.attempt,
-            outcome=outcome,
-            exit_code=code,
-            step=beat.progress.step if beat.progress else None,
-            failure=beat.failure,
-            message=message,
+        termination.write(
+            self._settings.termination_log,
+            termination.of_beat(self._state.beat, outcome=outcome, exit_code=code, message=message),
         )
-        termination.write(self._settings.termination_log, text)

@@ -144,6 +144,25 @@ def request_for(
     )
 
 
+def describe_start(d: Directive, pids: list[int]) -> str:
+    """The log line of workers that were started."""
+    first = d.node_rank * d.procs_per_node
+    ranks = f"rank {first}" if len(pids) == 1 else f"rank {first}-{first + len(pids) - 1}"
+    return (
+        f"attempt {d.attempt}: workers started (pid {' '.join(map(str, pids))}), "
+        f"{ranks} of {d.nodes * d.procs_per_node}, master {d.master_addr}:{d.master_port}"
+    )
+
+
+def describe_failure(failure: Failure) -> str:
+    """The log line of an attempt that failed here."""
+    who = "the launcher" if failure.rank is None else f"rank {failure.rank}"
+    code = "" if failure.exit_code is None else f" (exit code {failure.exit_code})"
+    text = ": ".join(part for part in (failure.exception, failure.message) if part)
+    echo = " [echo]" if failure.collateral else ""
+    return f"attempt {failure.attempt}: {who} failed{code}: {text}{echo}"
+
+
 def close_fds(fds: list[int]) -> None:
     for fd in fds:
         with suppress(OSError):

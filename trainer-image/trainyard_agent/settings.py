@@ -76,6 +76,16 @@ class Settings:
             auth_seconds=_number(env, AUTH_SECONDS, default=120, low=0),
         )
 
+    def worker_env(self, environ: Mapping[str, str]) -> dict[str, str]:
+        """The agent's environment as its children may see it: no way to the coordinator in it, and no attempt."""
+        hidden = (Env.COORDINATOR_URL, Env.COORDINATOR_CA, Env.TOKEN_FILE, Env.ATTEMPT, Env.UPLOADER_SOCKET)
+        env = {name: value for name, value in environ.items() if name not in hidden}
+        env[Env.RUNTIME_DIR] = str(self.runtime_dir)
+        env[Env.AGENT_SOCKET] = str(self.agent_socket)
+        if self.checkpoint_uri:
+            env[Env.UPLOADER_SOCKET] = str(self.uploader_socket)
+        return {str(name): value for name, value in env.items()}
+
 
 def parse_command(text: str) -> tuple[str, ...]:
     """[script.py, arg...] or ["-m", module, arg...] from JSON. Raises SettingsError."""

@@ -7,7 +7,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from trainyard_agent.log import one_line
-from trainyard_api.protocol import Failure
+from trainyard_api.protocol import Beat, Failure
 
 MAX_BYTES = 4096
 """The kubelet keeps no more (kubernetes.io/docs: "Customizing the termination message")."""
@@ -38,6 +38,27 @@ def render(
     ):
         value["message"] = str(value["message"])[:-64]
     return text
+
+
+def of_beat(beat: Beat, *, outcome: str, exit_code: int | None, message: str) -> str:
+    """The message of an agent that says `beat`; `message` instead of the failure's, if it is not empty."""
+    return render(
+        attempt=beat.attempt,
+        outcome=outcome,
+        exit_code=exit_code,
+        step=beat.progress.step if beat.progress else None,
+        failure=beat.failure,
+        message=message,
+    )
+
+
+def exit_code(failure: Failure | None) -> int:
+    """Of an agent that has to say by itself how its workers ended; a signal as a shell says it."""
+    if failure is None:
+        return 0
+    if failure.exit_code is None:
+        return 1
+    return failure.exit_code if failure.exit_code >= 0 else 128 - failure.exit_code
 
 
 def write(path: Path, text: str) -> None:
