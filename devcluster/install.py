@@ -54,7 +54,7 @@ def install(
 def _established(kubectl: Kubectl) -> bool:
     # Not `kubectl wait`: it fails on an object that has no conditions yet.
     crd = kubectl.json("crd", "trainingruns.trainyard.dev")
-    conditions = crd.get("status", {}).get("conditions", [])
+    conditions = crd.get("status", {}).get("conditions") or []
     return any(c["type"] == "Established" and c["status"] == "True" for c in conditions)
 
 

@@ -108,7 +108,8 @@ class Record:
             "shards do not match its world size": record.kind == "commit"
             and sorted(s.rank for s in record.shards) != list(range(record.world_size)),
             "names a key outside its step": any(
-                not SAFE_KEY.fullmatch(s.key) or not s.key.startswith(step_prefix(record.step, record.attempt))
+                not SAFE_KEY.fullmatch(s.key)
+                or not s.key.startswith(step_prefix(record.step, record.attempt))
                 for s in record.shards
             ),
         }

@@ -96,7 +96,9 @@ def _decode(hint: Any, data: Any, path: str) -> Any:
         try:
             return hint(data)
         except ValueError:
-            raise ValueError(f"{path}: {data!r} is not one of {', '.join(str(m.value) for m in hint)}") from None
+            raise ValueError(
+                f"{path}: {data!r} is not one of {', '.join(str(m.value) for m in hint)}"
+            ) from None
     if hint is float and isinstance(data, int) and not isinstance(data, bool):
         return float(data)
     if isinstance(hint, type) and (not isinstance(data, hint) or (hint is int and isinstance(data, bool))):

@@ -7,10 +7,12 @@ absent, because a pod that cannot be read must still be seen, or it would be cre
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 from trainyard_api import contract
 from trainyard_api.v1alpha1 import TrainingRun
+from trainyard_operator.plan.deadlines import being_created
 from trainyard_operator.plan.model import Member, Observed, PodView, Refusal
 from trainyard_operator.plan.names import parse_pod_name
 from trainyard_operator.plan.times import parse
@@ -27,6 +29,7 @@ def observe(
     listening_since: float = 0.0,
     refusals: Iterable[Refusal] = (),
     status_written: float = 0.0,
+    setup_troubles: Mapping[str, str] | None = None,
 ) -> Observed:
     """One run at `now` (Unix seconds). Pods that it does not control are left out, whatever their labels say.
 
@@ -40,13 +43,23 @@ def observe(
         raise ValueError("spec.nodes: must be at least 1")
     return Observed(
         run=parsed,
-        pods=tuple(pod_view(pod) for pod in pods if controlled_by(pod, parsed.uid)),
+        pods=tuple(
+            _with_trouble(pod_view(pod), setup_troubles or {})
+            for pod in pods
+            if controlled_by(pod, parsed.uid)
+        ),
         members=members,
         now=now,
         listening_since=listening_since,
         refusals=tuple(refusals),
         status_written=status_written,
     )
+
+
+def _with_trouble(pod: PodView, troubles: Mapping[str, str]) -> PodView:
+    """What the kubelet complained of counts only while the container is still not made."""
+    trouble = troubles.get(pod.uid, "")
+    return replace(pod, setup_trouble=trouble) if trouble and being_created(pod) else pod
 
 
 def controlled_by(pod: Object, uid: str) -> bool:

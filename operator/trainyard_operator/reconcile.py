@@ -16,6 +16,7 @@ from trainyard_operator.observe import observe
 from trainyard_operator.plan import Plan, PlanSettings, plan
 from trainyard_operator.plan.model import Member, Observed, Refusal
 from trainyard_operator.plan.names import parse_pod_name
+from trainyard_operator.podevents import PodEvents
 
 Key = tuple[str, str]
 """(namespace, name)."""
@@ -71,6 +72,8 @@ class _Memory:
     uid: str
     status_written: float = 0.0
     refusals: dict[str, Refusal] = field(default_factory=dict)
+    setup_troubles: dict[str, str] = field(default_factory=dict)
+    """By pod UID."""
     tries: int = 0
     complained_of: str = ""
     """resourceVersion of the run that could not be read."""
@@ -104,6 +107,7 @@ class Reconciler:
         self._clock = clock
         self._listening_since = listening_since
         self._on_round = on_round
+        self._pod_events = PodEvents(api, clock)
         self._applier = Applier(api, runs, pods, coordinator, events)
         self._memories: dict[Key, _Memory] = {}
 
@@ -126,6 +130,9 @@ class Reconciler:
         memory = self._remember(key, obj)
         if obj is None or memory is None:
             return None, Round(key, 0.0, "gone")
+        memory.setup_troubles = await self._pod_events.look(
+            self._pods.owned_by(memory.uid), memory.setup_troubles
+        )
         try:
             observed = self._observe(obj, memory)
         except ValueError as error:
@@ -161,6 +168,7 @@ class Reconciler:
             listening_since=self._listening_since(),
             refusals=memory.refusals.values(),
             status_written=memory.status_written,
+            setup_troubles=memory.setup_troubles,
         )
 
     def _take_in(self, memory: _Memory, applied: Applied) -> bool:

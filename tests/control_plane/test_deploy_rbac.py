@@ -42,6 +42,7 @@ MAY = [
     *(Act(verb, "pods") for verb in ("get", "list", "watch", "create", "delete")),
     *(Act(verb, "pods", namespace="") for verb in ("list", "watch")),
     *(Act(verb, "events", "events.k8s.io") for verb in ("create", "patch")),
+    Act("list", "events"),
     Act("create", "tokenreviews", "authentication.k8s.io", namespace=""),
     Act("get", "customresourcedefinitions", CRDS, namespace="", name=OUR_CRD),
     Act("create", "leases", "coordination.k8s.io", SYSTEM),

@@ -16,7 +16,7 @@ import itertools
 from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 
-from tests.fakes.label_selectors import matches
+from tests.fakes.label_selectors import has_fields, matches
 from tests.fakes.merge_patch import merge
 from trainyard_operator.kube.api import PODS, RUNS, ApiError, Object, Resource, WatchEvent
 
@@ -155,13 +155,19 @@ class FakeApi:
         return copy.deepcopy(self._existing(resource, namespace, name))
 
     async def list(
-        self, resource: Resource, namespace: str | None = None, *, label_selector: str = "", limit: int = 500
+        self,
+        resource: Resource,
+        namespace: str | None = None,
+        *,
+        label_selector: str = "",
+        field_selector: str = "",
+        limit: int = 500,
     ) -> Object:
         await self._enter(Call("list", resource, namespace))
         items = [
             copy.deepcopy(obj)
             for (space, _), obj in sorted(self._of(resource).items())
-            if namespace in (None, space) and matches(label_selector, obj)
+            if namespace in (None, space) and matches(label_selector, obj) and has_fields(field_selector, obj)
         ]
         return {"metadata": {"resourceVersion": str(self._version)}, "items": items}
 

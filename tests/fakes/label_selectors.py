@@ -31,3 +31,15 @@ def _term(term: str, labels: dict[str, str]) -> bool:
     if not re.fullmatch(r"[\w./-]+", term):
         raise ValueError(f"cannot read the label selector term {term!r}")
     return term in labels
+
+
+def has_fields(selector: str, obj: Any) -> bool:
+    """Whether the object has all of `path=value,...`."""
+    for term in filter(None, selector.split(",")):
+        path, _, wanted = term.partition("=")
+        value = obj
+        for part in path.split("."):
+            value = value.get(part, {}) if isinstance(value, dict) else {}
+        if value != wanted:
+            return False
+    return True

@@ -33,6 +33,8 @@ class Resource:
 PODS = Resource("", "v1", "pods")
 RUNS = Resource("trainyard.dev", "v1alpha1", "trainingruns")
 EVENTS = Resource("events.k8s.io", "v1", "events")
+CORE_EVENTS = Resource("", "v1", "events")
+"""The same objects by their older name, under which field selectors work."""
 LEASES = Resource("coordination.k8s.io", "v1", "leases")
 TOKEN_REVIEWS = Resource("authentication.k8s.io", "v1", "tokenreviews", namespaced=False)
 CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", namespaced=False)
@@ -69,6 +71,7 @@ class Api(Protocol):
         namespace: str | None = None,
         *,
         label_selector: str = "",
+        field_selector: str = "",
         limit: int = 500,
     ) -> Object:
         """The whole list (all chunks), with `metadata.resourceVersion` to watch from."""

@@ -61,12 +61,15 @@ class HttpApi:
         namespace: str | None = None,
         *,
         label_selector: str = "",
+        field_selector: str = "",
         limit: int = 500,
     ) -> Object:
         url = self._url(resource, namespace)
         query = {"limit": str(limit)}
         if label_selector:
             query["labelSelector"] = label_selector
+        if field_selector:
+            query["fieldSelector"] = field_selector
         for last in (False,) * (EXPIRED_LISTS - 1) + (True,):
             try:
                 return await self._pages(url, query)

@@ -4,11 +4,19 @@ from __future__ import annotations
 
 from trainyard_api.v1alpha1 import Spec
 from trainyard_operator.plan.directives import not_before
+from trainyard_operator.plan.model import PodView
 from trainyard_operator.plan.progress import has_stepped
 from trainyard_operator.plan.view import View
 
+SETUP_SECONDS = 4.0
+"""How long the creation of a container may take before the kubelet's Events are asked why, and between two looks."""
 LEAST_WAIT = 0.01
 """Seconds: a moment that is due by rounding alone is not looked at in a tight loop."""
+
+
+def being_created(pod: PodView) -> bool:
+    """Whether the pod has a node, but its container is not made yet and the pod's status does not say why."""
+    return pod.phase == "Pending" and bool(pod.node) and pod.waiting_reason in ("", "ContainerCreating")
 
 
 class Soonest:
@@ -47,6 +55,9 @@ def look_again(view: View, soonest: Soonest) -> None:
     for slot in view.gang.slots:
         if slot.silent_at is not None:
             soonest.passed(slot.silent_at)
+        if slot.pod is not None and being_created(slot.pod):
+            due = slot.pod.creation_time + SETUP_SECONDS
+            soonest.passed(due if due > view.now else view.now + SETUP_SECONDS)
     for refusal in view.observed.refusals:
         soonest.passed(refusal.retry_at)
     if view.run_time is None:

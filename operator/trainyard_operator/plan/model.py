@@ -36,6 +36,9 @@ class PodView:
     waiting_reason: str = ""
     """ErrImagePull, ImagePullBackOff, InvalidImageName, CreateContainerConfigError, ..."""
     waiting_message: str = ""
+    setup_trouble: str = ""
+    """What the kubelet's newest Warning Event says of a container that is still being created (a volume that
+    cannot be mounted, a sandbox that cannot be made): the pod's own status does not tell."""
     exit_code: int | None = None
     """Of the terminated trainer container."""
     terminated_reason: str = ""

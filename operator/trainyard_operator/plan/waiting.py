@@ -29,6 +29,7 @@ CONFIG_REASONS = frozenset(
     ("CreateContainerConfigError", "CreateContainerError", "RunContainerError", "PreCreateHookError")
 )
 """Waiting reasons of a container (kubelet, pkg/kubelet/kuberuntime/kuberuntime_container.go)."""
+SETUP_ADVICE = "create the ConfigMap, Secret or volume that it names, or correct the spec"
 TROUBLES = (
     Reason.CREATE_FAILED,
     Reason.IMAGE_PULL_FAILED,
@@ -98,6 +99,10 @@ def _trouble(view: View) -> Waiting | None:
         if pod.waiting_reason in CONFIG_REASONS:
             advice = "create the Secret or ConfigMap that it names, or correct the spec"
             return _lasting(view, Reason.CONTAINER_CONFIG_ERROR, pod, advice)
+    for pod in pods:
+        if pod.setup_trouble:
+            message = f"pod {pod.name} on {pod.node}: {clean(pod.setup_trouble, 600)}; {SETUP_ADVICE}"
+            return Waiting(Reason.CONTAINER_CONFIG_ERROR, message)
     for pod in pods:
         if pod.unschedulable:
             message = (
