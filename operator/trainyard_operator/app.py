@@ -103,7 +103,7 @@ class App:
             events=self._recorder,
             settings=plan_settings,
             clock=self._clock,
-            listening_since=lambda: self._listening_since,
+            listening_since=lambda: self._loop_monitor.awake_since(self._listening_since),
             on_round=self._count_round,
         )
         self._coordinator = CoordinatorServer(

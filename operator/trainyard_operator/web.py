@@ -18,6 +18,8 @@ every minute (KEP-956)."""
 API_SECONDS = 60.0
 WORKER_SECONDS = 120.0
 LAG_SECONDS = 10.0
+STALL_SECONDS = 2.0
+"""A timer that is later than this found the loop standing still: beats may have been missed."""
 
 Check = Callable[[], str]
 """Empty when all is well, else what is wrong."""
@@ -63,20 +65,39 @@ def workers_live(longest: Callable[[], float], in_flight: Callable[[], Iterable[
 
 
 class LoopMonitor:
-    """Measures how late the event loop runs its timers; `on_lag` gets each measurement in seconds."""
+    """Measures how late the event loop runs its timers; `on_lag` gets each measurement in seconds.
+
+    A loop that stood still (a node under pressure, a paused VM) heard nobody meanwhile: `awake_since` tells from
+    when on the silence of an agent means something.
+    """
 
     def __init__(self, on_lag: Callable[[float], None], clock: Clock, interval: float = 0.5) -> None:
         self._on_lag = on_lag
         self._clock = clock
         self._interval = interval
         self._last = clock.monotonic()
+        self._stalled_until: float | None = None
 
     async def run(self) -> None:
         while True:
             due = self._clock.monotonic() + self._interval
             await self._clock.sleep(self._interval)
             self._last = self._clock.monotonic()
+            if self._last - due > STALL_SECONDS:
+                self._stalled_until = self._last
             self._on_lag(max(self._last - due, 0.0))
+
+    def awake_since(self, begin: float) -> float:
+        """Since when (Unix seconds) this process hears its agents without a break; `begin` if there was none.
+
+        Also right after a stall, before the first timer has run.
+        """
+        now = self._clock.monotonic()
+        if now - self._last > self._interval + STALL_SECONDS:
+            self._stalled_until = now
+        if self._stalled_until is None:
+            return begin
+        return max(begin, self._clock.time() - (now - self._stalled_until))
 
     def check(self) -> str:
         """A loop that is blocked cannot answer at all; this also sees one that has just come back."""

@@ -77,6 +77,23 @@ def test_a_worker_that_is_stuck_is_named() -> None:
     assert "121 s" in check() and "run" in check()
 
 
+async def test_after_a_stall_nobody_is_called_silent_for_the_time_of_it() -> None:
+    clock = FakeClock()
+    begin = clock.time()
+    monitor = LoopMonitor(lambda lag: None, clock, interval=0.5)
+    task = asyncio.create_task(monitor.run())
+    await clock.advance(5.0)
+    assert monitor.awake_since(begin) == begin
+    clock.now += 30.0  # the node stood still
+    woken = clock.time()
+    assert monitor.awake_since(begin) == woken, "also before the first timer has run"
+    await clock.advance(4.0)
+    assert monitor.awake_since(begin) == pytest.approx(woken, abs=0.6)
+    assert monitor.awake_since(woken + 2) == woken + 2, "a later begin wins"
+    task.cancel()
+    await asyncio.gather(task, return_exceptions=True)
+
+
 async def test_the_loop_monitor_measures_and_notices() -> None:
     clock, lags = FakeClock(), list[float]()
     monitor = LoopMonitor(lags.append, clock, interval=0.5)
