@@ -19,6 +19,15 @@ TROUBLES = {
         "ContainerConfigError",
         'secret "s3" not found',
     ),
+    "missing volume": (
+        {
+            "node": "node-1",
+            "waiting_reason": "ContainerCreating",
+            "setup_trouble": 'FailedMount: configmap "digits" not found',
+        },
+        "ContainerConfigError",
+        'configmap "digits" not found',
+    ),
     "no node": (
         {"unschedulable": "0/2 nodes are available: 2 Insufficient cpu."},
         "Unschedulable",
@@ -40,7 +49,7 @@ def test_trouble_shows_once(name: str) -> None:
     assert [(e.reason, e.warning) for e in scene.events] == [(reason, True)]
     assert quiet(scene.silence(1000).settle())
     assert scene.status.attempt == 1 and scene.status.phase == "Pending"
-    scene.change(1, waiting_reason="", unschedulable="")
+    scene.change(1, waiting_reason="", unschedulable="", setup_trouble="")
     scene.run_pods().all(lambda beat: beat.ready())
     scene.settle()
     assert scene.status.phase == "Starting"

@@ -101,8 +101,7 @@ def _trouble(view: View) -> Waiting | None:
             return _lasting(view, Reason.CONTAINER_CONFIG_ERROR, pod, advice)
     for pod in pods:
         if pod.setup_trouble:
-            message = f"pod {pod.name} on {pod.node}: {clean(pod.setup_trouble, 600)}; {SETUP_ADVICE}"
-            return Waiting(Reason.CONTAINER_CONFIG_ERROR, message)
+            return _lasting(view, Reason.CONTAINER_CONFIG_ERROR, pod, SETUP_ADVICE)
     for pod in pods:
         if pod.unschedulable:
             message = (
@@ -119,8 +118,8 @@ def _lasting(view: View, reason: Reason, pod: PodView, advice: str) -> Waiting:
     known = before is not None and before.reason == reason and before.message.startswith(start)
     if before is not None and known and "Back-off" not in before.message:
         return Waiting(reason, before.message)
-    said = clean(pod.waiting_message, 600) or "no details"
-    return Waiting(reason, f"{start}{pod.waiting_reason}: {said}; {advice}")
+    told = pod.setup_trouble or f"{pod.waiting_reason}: {pod.waiting_message or 'no details'}"
+    return Waiting(reason, f"{start}{clean(told, 600)}; {advice}")
 
 
 def _pods(slots: list[Slot]) -> str:
