@@ -160,6 +160,7 @@ def main() -> None:
     parser.add_argument(
         "--step-delay", type=float, default=0.0, help="pause in seconds per step, to watch failures"
     )
+    parser.add_argument("--log-every", type=int, default=10, help="steps between two lines of progress")
     parser.add_argument("--sample-log", type=Path, help="folder for the ids of the samples of each step")
     parser.add_argument("--audit-samples", action="store_true", help="count how often each sample is used")
     parser.add_argument("--checkpoint", help="outside of a TrainingRun: s3://bucket/prefix or file:///folder")
@@ -181,7 +182,7 @@ def main() -> None:
         max_epochs=args.epochs,
         accumulate_grad_batches=args.accumulate,
         gradient_clip_val=1.0,
-        log_every_n_steps=10,
+        log_every_n_steps=args.log_every,
         logger=False,
         callbacks=callbacks,
         checkpoint=checkpoint,
