@@ -21,6 +21,7 @@ from trainyard_api.contract import Env
 
 log = logging.getLogger("trainyard.checkpoint")
 
+_LINGER_SECONDS = 1.0
 _RECONNECT_SECONDS = 30.0
 """How long an uploader may be away (the agent restarts it) before a save is given up."""
 
@@ -115,7 +116,9 @@ class LocalUploads(_OneInFlight):
         """Nothing: an uploader that is born with this process has no older saves."""
 
     def close(self) -> None:
-        """Nothing to hang up."""
+        """Nobody goes on when this process ends: a shard in flight gets a moment to be committed."""
+        if self.busy:
+            self.take(_LINGER_SECONDS)
 
 
 class SocketUploads(_OneInFlight):

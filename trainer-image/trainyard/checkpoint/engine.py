@@ -30,7 +30,7 @@ _FLUSH_SECONDS = 5.0
 """What a restarted worker grants to the saves of the one that died: shorter than the steps they stand for."""
 _FINAL_SECONDS = 900.0
 _FINAL_TRIES = 3
-_CRASH_SECONDS = 10.0
+_STAGE_SECONDS = 10.0
 
 
 class Checkpointer:
@@ -127,13 +127,10 @@ class Checkpointer:
         )
 
     def close(self, *, failed: bool) -> None:
-        """Not collective. After a failure, a save that is on its way gets a few seconds to be committed."""
+        """Not collective. After a failure, what is staged is still committed if that takes no more than seconds."""
         if self._uploads is not None:
-            if failed:
-                if self._writer is not None:
-                    self._writer.join(_CRASH_SECONDS)
-                if self._uploads.busy:
-                    self._uploads.take(_CRASH_SECONDS)
+            if failed and self._writer is not None:
+                self._writer.join(_STAGE_SECONDS)
             self._uploads.close()
         self._staging.close()
 
