@@ -152,7 +152,8 @@ class _Screen:
 
     def progress(self, status: dict[str, Any], why: str) -> None:
         step, total = status.get("step"), status.get("totalSteps")
-        line = f"{status.get('phase') or 'Pending':<10} nodes {status.get('nodes', {}).get('summary', '-')} attempt {status.get('attempt', 0)}"
+        nodes = status.get("nodes", {}).get("summary", "-")
+        line = f"{status.get('phase') or 'Pending':<10} nodes {nodes} attempt {status.get('attempt', 0)}"
         if step is not None and total:
             filled = 30 * step // total
             line += f" [{'#' * filled}{'.' * (30 - filled)}] step {step}/{total}"
