@@ -91,7 +91,9 @@ class Host:
                 raise AssertionError(f"ranks still ran after {seconds} s\n{said}")
         return [r.code for r in ranks if r.code is not None]
 
-    def run(self, argv: list[str], *, world: int = 1, env: dict[str, str] | None = None, seconds: float = 60) -> list[Rank]:
+    def run(
+        self, argv: list[str], *, world: int = 1, env: dict[str, str] | None = None, seconds: float = 60
+    ) -> list[Rank]:
         ranks = self.start(argv, world=world, env=env)
         self.wait(ranks, seconds)
         return ranks
@@ -136,8 +138,8 @@ def _main() -> None:
 
     import boto3  # noqa: F401
     import sklearn.datasets  # noqa: F401
-    import torch._dynamo  # noqa: F401 - the first optimizer of a process imports it, which takes seconds
-    import torch.distributed  # noqa: F401
+    import torch._dynamo
+    import torch.distributed
     import torch.nn.parallel  # noqa: F401
 
     import trainyard.trainer  # noqa: F401

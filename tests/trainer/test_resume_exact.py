@@ -80,7 +80,9 @@ def test_killed_run_ends_like_an_unbroken_one(
     host: Host, run_env: dict[str, str], tmp_path: Path, world: int, argv: list[str]
 ) -> None:
     steps = 2 * -(-len(TRAINED_ON) // (60 * world * int(argv[-1] if argv else 1)))
-    unbroken = host.start([DIGITS, *SMALL, *argv], world=world, env={**run_env, "TRAINYARD_RUN_UID": "unbroken"})
+    unbroken = host.start(
+        [DIGITS, *SMALL, *argv], world=world, env={**run_env, "TRAINYARD_RUN_UID": "unbroken"}
+    )
     host.wait(unbroken)
     dice = random.Random(f"{world} {argv}")
     story = Story(host, run_env, tmp_path, argv)
@@ -131,7 +133,11 @@ def test_under_torchrun(host: Host, run_env: dict[str, str], tmp_path: Path) -> 
     output = tmp_path / "torchrun.log"
     with output.open("w") as file:
         torchrun = subprocess.Popen(
-            [*command, *SMALL, "--sample-log", str(log)], env=env, stdout=file, stderr=file, start_new_session=True
+            [*command, *SMALL, "--sample-log", str(log)],
+            env=env,
+            stdout=file,
+            stderr=file,
+            start_new_session=True,
         )
         try:
             wait_for_step(log / "rank-1.jsonl", 10, Rank(torchrun.pid, output))

@@ -64,9 +64,11 @@ class CommitLog:
         return numbered if self._records.get(numbered.seq) == numbered else None
 
     def append(self, record: Record) -> Record:
-        """Append after whatever is there. Raises Fenced, StoreError."""
+        """Append after whatever is there. Raises Fenced, StoreError; after StoreUnavailable it may be called again."""
         for _ in range(_TRIES):
-            self.refresh()
+            ours = [r for r in self.refresh() if replace(r, seq=record.seq) == record]
+            if ours:  # an earlier call got through, and only its answer was lost
+                return ours[0]
             appended = self.try_append(record)
             if appended is not None:
                 return appended

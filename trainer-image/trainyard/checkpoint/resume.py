@@ -79,7 +79,8 @@ def resume(store: Store, run: str, attempt: int | None, peers: Peers, scratch: P
                 f"none of the checkpoints under {store.uri} can be used: {'; '.join(passed_over)}. Restore the bucket's "
                 "objects, or start a new run; this one will not begin from zero over them"
             )
-        if _leader(peers, lambda: _fence(commits, run, number, found)):  # noqa: B023
+        fence = _fence(run, number, found)
+        if _leader(peers, lambda: commits.try_append(fence) is not None):  # noqa: B023
             if found is None:
                 return Loaded(attempt=number, record=None, uri="", main={}, own={}, fell_back="")
             return found
@@ -112,14 +113,12 @@ def _propose(commits: CommitLog, attempt: int | None) -> dict[str, Any]:
     return {"attempt": attempt, "records": [r.to_json() for r in newest], "unreadable": unreadable}
 
 
-def _fence(commits: CommitLog, run: str, attempt: int, found: Loaded | None) -> bool:
-    """Whether the fence is in the log right after what was read."""
-    fence = Record(
-        kind="fence", seq=0, run=run, attempt=attempt, time=time.time(),
-        step=found.record.step if found and found.record else 0,
-        parent=found.record.seq if found and found.record else 0,
+def _fence(run: str, attempt: int, found: Loaded | None) -> Record:
+    start = found.record if found else None
+    return Record(
+        kind="fence", seq=0, run=run, attempt=attempt, time=time.time(), step=start.step if start else 0,
+        parent=start.seq if start else 0,
     )  # fmt: skip
-    return commits.try_append(fence) is not None
 
 
 def _load_together(

@@ -87,8 +87,12 @@ class LocalStore:
     def _errors(self, key: str) -> Iterator[None]:
         try:
             yield
-        except (FileNotFoundError, NotADirectoryError) as error:
+        except FileNotFoundError as error:
             raise NotFound(f"{self._uri}/{key}: not found") from error
+        except (NotADirectoryError, FileExistsError) as error:
+            raise StoreConfigError(
+                f"{self._uri}: {error.filename} is in the way: it is not a directory"
+            ) from error
         except PermissionError as error:
             raise StoreConfigError(
                 f"{self._uri}: no permission to use {error.filename}; give user {os.getuid()} read and write access"

@@ -1,0 +1,180 @@
+"""Configuration, triggers, messages, and that none of it costs an import of torch."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from trainyard.checkpoint.config import CheckpointConfig
+from trainyard.checkpoint.errors import (
+    CheckpointMismatch,
+    StoreConfigError,
+    StoreUnavailable,
+    exit_code,
+    from_wire,
+    to_wire,
+)
+from trainyard.checkpoint.messages import Outcome, Staged, from_line
+from trainyard.checkpoint.retry import with_retries
+from trainyard.checkpoint.triggers import StepTrigger, TimeTrigger
+from trainyard_api.checkpoints import Cursor, Fenced, Record
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def test_the_uploader_and_the_agents_client_do_not_import_torch() -> None:
+    code = (
+        "import sys, trainyard, trainyard.checkpoint.uploader, trainyard.checkpoint.engine, trainyard.checkpoint.resume, "
+        "trainyard.checkpoint.store_s3, trainyard.elastic.client\n"
+        "print([m for m in ('torch', 'numpy', 'boto3') if m in sys.modules])"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True,
+        env={"PYTHONPATH": f"{ROOT / 'operator'}:{ROOT / 'trainer-image'}"},
+    )  # fmt: skip
+    assert done.stdout.strip() == "[]"
+
+
+def test_config_from_the_environment_of_a_training_run() -> None:
+    config = CheckpointConfig.from_env({
+        "TRAINYARD_CHECKPOINT_URI": "s3://bucket/some/where", "TRAINYARD_CHECKPOINT_ENDPOINT": "http://10.0.0.1:7070",
+        "TRAINYARD_CHECKPOINT_EVERY_STEPS": "50", "TRAINYARD_CHECKPOINT_EVERY_SECONDS": "30",
+        "TRAINYARD_CHECKPOINT_KEEP": "5", "TRAINYARD_RUN_UID": "0b1c", "TRAINYARD_ATTEMPT": "4",
+    })  # fmt: skip
+    assert config is not None
+    assert (config.every_n_steps, config.every_n_seconds, config.keep) == (50, 30.0, 5)
+    assert (config.run_id, config.attempt) == ("0b1c", 4)
+    assert CheckpointConfig.from_env({}) is None
+
+
+@pytest.mark.parametrize(
+    ("arguments", "field"),
+    [
+        ({"uri": "bucket/prefix"}, "checkpoint.uri"),
+        ({"uri": "file://relative"}, "checkpoint.uri"),
+        ({"uri": "s3://b", "every_n_steps": 0}, "checkpoint.every_n_steps"),
+        ({"uri": "s3://b", "every_n_seconds": -1}, "checkpoint.every_n_seconds"),
+        ({"uri": "s3://b", "keep": 1}, "checkpoint.keep"),
+        ({"uri": "s3://b", "run": "../other"}, "checkpoint.run"),
+    ],
+)
+def test_a_bad_configuration_names_the_field(arguments: dict[str, object], field: str) -> None:
+    with pytest.raises(ValueError, match=field):
+        CheckpointConfig(**arguments)  # type: ignore[arg-type]
+    with pytest.raises(ValueError, match="TRAINYARD_CHECKPOINT_KEEP"):
+        CheckpointConfig.from_env({"TRAINYARD_CHECKPOINT_URI": "s3://b", "TRAINYARD_CHECKPOINT_KEEP": "many"})
+
+
+def test_exit_codes_and_errors_travel_between_ranks() -> None:
+    for error, code in (
+        (StoreConfigError("no bucket"), 78), (CheckpointMismatch("shape"), 78), (StoreUnavailable("down"), 1),
+        (Fenced("late"), 79), (RuntimeError("x"), 1),
+    ):  # fmt: skip
+        assert exit_code(error) == code
+        if not isinstance(error, RuntimeError):
+            twin = from_wire(to_wire(error))
+            assert (type(twin), str(twin)) == (type(error), str(error))
+
+
+def test_messages_survive_the_wire() -> None:
+    head = Record(
+        kind="commit",
+        seq=0,
+        run="r",
+        attempt=2,
+        step=9,
+        time=1.5,
+        world_size=2,
+        cursor=Cursor(epoch=1, samples=7, seed=3),
+    )
+    staged = Staged(attempt=2, step=9, rank=0, world=2, path="/s/x.pt", size=3, sha256="ab", record=head)
+    assert Staged.from_message(from_line(staged.line())) == staged
+    outcome = Outcome(
+        op="committed", attempt=2, step=9, seq=17, uri="s3://b/r/commits/00000017.json", time=2.0
+    )
+    assert Outcome.from_message(from_line(outcome.line())) == outcome
+    for bad in (b"", b"[]", b'{"step": 1}', b"{"):
+        with pytest.raises(ValueError, match=r".+"):
+            from_line(bad)
+
+
+def test_retries_end_at_the_bound_and_stop_for_other_errors() -> None:
+    tries = []
+
+    def down() -> None:
+        tries.append(1)
+        raise StoreUnavailable("down")
+
+    with pytest.raises(StoreUnavailable):
+        with_retries(down, seconds=0.3, first=0.02)
+    assert len(tries) > 2
+
+    def refused() -> None:
+        tries.append(1)
+        raise StoreConfigError("no")
+
+    tries.clear()
+    with pytest.raises(StoreConfigError):
+        with_retries(refused, seconds=5)
+    assert len(tries) == 1
+
+
+def test_step_trigger() -> None:
+    assert [s for s in range(1, 10) if StepTrigger(3).due(s)] == [3, 6, 9]
+
+
+class Gang:
+    """Two time triggers as on two ranks: the second one hears what the first one said at the same step."""
+
+    def __init__(self, seconds: float) -> None:
+        self.now = 0.0
+        self.said: tuple[bool, int] | None = None
+        self.messages = 0
+        self.leader = TimeTrigger(seconds, leader=True, broadcast=self._say, clock=lambda: self.now)
+        # The other rank's clock is far off: nothing may be decided by it.
+        self.other = TimeTrigger(
+            seconds, leader=False, broadcast=self._hear, clock=lambda: self.now * 7 - 1000
+        )
+
+    def _say(self, verdict: tuple[bool, int]) -> tuple[bool, int]:
+        self.said, self.messages = verdict, self.messages + 1
+        return verdict
+
+    def _hear(self, verdict: tuple[bool, int]) -> tuple[bool, int]:
+        assert self.said is not None, "a rank waits for a message that nobody sends"
+        said, self.said = self.said, None
+        return said
+
+    def step(self, step: int) -> bool:
+        due = self.leader.due(step)
+        assert self.other.due(step) == due
+        assert self.said is None, "rank 0 sent a message that nobody waits for"
+        if due:
+            self.leader.saved()
+            self.other.saved()
+        return due
+
+
+def test_time_trigger_saves_in_time_with_few_messages() -> None:
+    gang = Gang(60)
+    saves = []
+    for step in range(1, 20001):
+        gang.now += 0.1 if step < 10000 else 0.9  # training slows down
+        if gang.step(step):
+            saves.append(gang.now)
+    gaps = [b - a for a, b in zip([0.0, *saves], saves, strict=False)]
+    assert min(gaps) >= 60
+    assert max(gaps) <= 60 + 16 * 0.9
+    assert gang.messages < 20000 / 4
+
+
+def test_time_trigger_with_steps_longer_than_the_interval_saves_at_each() -> None:
+    gang = Gang(5)
+    saves = []
+    for step in range(1, 8):
+        gang.now += 20
+        saves.append(gang.step(step))
+    assert all(saves)
