@@ -131,6 +131,9 @@ class Beat:
     resumed: Resumed | None = None
     checkpoint: Checkpoint | None = None
     failure: Failure | None = None
+    blocked: str = ""
+    """Why no attempt can succeed on this pod until somebody changes something (no such bucket, refused credentials),
+    known before any worker has started: the run fails with it at once. One line; empty when nothing is known."""
     warnings: list[str] = field(default_factory=list)
     """At most 4 short lines that people should see (an upload that fails, a clock that is off)."""
 

@@ -421,3 +421,24 @@ def test_a_member_that_died_with_the_other_is_found_out_before_the_gang_is_told_
     scene.settle()
     assert scene.status.attempt == 2 and scene.at(1).name == "demo-1-2"
     assert scene.status.restarts.infrastructure == 0
+
+
+def test_a_store_that_refuses_fails_the_run_before_any_worker_has_started() -> None:
+    scene = Scene().created().run_pods()
+    scene.events.clear()
+    message = "s3://no-such/x: bucket 'no-such' does not exist; create it or correct the checkpoint URI"
+    scene.hear(scene.say(1)._with(blocked=message))
+    scene.settle()
+    scene.silence(1.0).settle()
+    failed = scene.status.condition("Failed")
+    assert failed is not None and (failed.status, failed.reason) == ("True", "ConfigurationError")
+    assert message in failed.message
+    assert [e.warning for e in scene.events] == [True]
+    assert scene.status.attempt == 1
+
+
+def test_what_blocked_a_pod_does_not_end_a_gang_that_runs() -> None:
+    scene = training()
+    scene.hear(scene.say(0)._with(blocked="s3://x: refused"))
+    assert scene.settle().status is None
+    assert not scene.status.finished

@@ -39,6 +39,8 @@ def uploader_said(state: State, message: dict[str, Any]) -> tuple[State, str]:
             time=float(message.get("time") or time.time()),
         )
         return states.committed(state, commit), f"checkpoint of step {commit.step} committed ({commit.uri})"
+    if op == "refused":
+        return states.blocked(state, message["message"]), f"checkpoints: {message['message']}"
     if op == "warning":
         line = f"checkpoints: {message.get('message', '')}"
         return states.warned(state, line), f"warning: {line}"

@@ -152,6 +152,11 @@ def warm(state: State, ready: bool) -> State:
     return _with(state, ready=ready)
 
 
+def blocked(state: State, message: str) -> State:
+    """No attempt can succeed here until somebody changes something."""
+    return _with(state, blocked=one_line(message))
+
+
 def warned(state: State, message: str) -> State:
     """Keeps the newest `MAX_WARNINGS` different ones."""
     line = one_line(message, 256)

@@ -80,6 +80,7 @@ def _decisive(beat: Beat) -> tuple[object, ...]:
         beat.attempt,
         beat.ready,
         beat.failure,
+        beat.blocked,
         beat.checkpoint,
         beat.resumed,
         beat.incarnation,

@@ -125,6 +125,9 @@ def _of_slot(view: View, slot: Slot) -> Finding | None:
         return _reported(
             view, slot, failure or Failure(attempt=view.attempt, message="the agent gave no details")
         )
+    if beat is not None and beat.blocked and not view.started:
+        refused = Failure(attempt=view.attempt, exit_code=ExitCode.CONFIG, message=beat.blocked)
+        return _reported(view, slot, refused)
     if slot.state is State.LOST:
         return _machine(view, slot, Reason.AGENT_LOST, _silence(view, slot))
     if _orphaned(view, slot):

@@ -19,9 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from trainyard.checkpoint.config import CheckpointConfig
-from trainyard.checkpoint.errors import CheckpointError, exit_code
+from trainyard.checkpoint.errors import CheckpointError, StoreConfigError, StoreError, exit_code
 from trainyard.checkpoint.messages import Outcome, Staged, from_line, to_line
-from trainyard.checkpoint.stores import open_store
+from trainyard.checkpoint.stores import Store, open_store
 from trainyard.checkpoint.uploads import PEERS_SECONDS, UPLOAD_SECONDS, UploadService
 from trainyard_api.contract import ExitCode
 
@@ -56,6 +56,8 @@ class _Connection(socketserver.StreamRequestHandler):
                 service.submit(Staged.from_message(message), self._tell)
             case "subscribe":
                 self._leave.callback(service.subscribe(self._say))
+                if self.server.refused:
+                    self._say({"op": "refused", "message": self.server.refused})
             case "flush":
                 seconds = float(message.get("seconds", 0.0))
                 self._say({"op": "flushed", "pending": service.flush(min(seconds, _MAX_FLUSH))})
@@ -77,18 +79,34 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, socket: str, service: UploadService) -> None:
+    def __init__(self, socket: str, service: UploadService, refused: str) -> None:
         Path(socket).unlink(missing_ok=True)
         super().__init__(socket, _Connection)
         self.service = service
+        self.refused = refused
 
 
-def serve(socket: str, service: UploadService, *, drain: float) -> int:
-    """Until SIGTERM or SIGINT; returns how many shards were left when it ended."""
+def refusal(store: Store) -> str:
+    """Why the store will never take anything (bucket, credentials, permission); empty when it may.
+
+    Asked before any worker exists: importing torch takes longer than this, and a store that is only away for the
+    moment is the workers' business, who try again.
+    """
+    try:
+        store.list("commits/")
+    except StoreConfigError as error:
+        return str(error)
+    except StoreError as error:
+        log.warning("%s", error)
+    return ""
+
+
+def serve(socket: str, service: UploadService, *, drain: float, refused: str = "") -> int:
+    """Until SIGTERM or SIGINT; returns how many shards were left when it ended. Subscribers hear of `refused`."""
     stop = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stop.set())
-    with _Server(socket, service) as server:
+    with _Server(socket, service, refused) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         stop.wait()
         server.shutdown()
@@ -123,7 +141,7 @@ def main(argv: list[str] | None = None) -> int:
         store, config.run_id, staging=options.staging, keep=config.keep,
         upload_seconds=options.upload_seconds, peers_seconds=options.peers_seconds,
     )  # fmt: skip
-    left = serve(options.socket, service, drain=options.drain)
+    left = serve(options.socket, service, drain=options.drain, refused=refusal(store))
     if left:
         log.warning("%d staged shards were not uploaded in time", left)
     return 0
