@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 
 import pytest
@@ -12,6 +13,7 @@ from tests.cluster.audit import writes
 from tests.cluster.runs import ARGS, at_step, complete, final_sha
 
 PROCESSES = 2
+STEP = re.compile(r"\bstep (\d+)/\d+")
 
 
 @pytest.mark.timeout(600)
@@ -92,6 +94,6 @@ def _scale(scenario: Scenario, replicas: int) -> None:
 
 def _newest_step(scenario: Scenario) -> int:
     """From the pod's log: the operator is away, the status stands still."""
-    steps = [line for line in scenario.logs("outage", 0, tail=20).splitlines() if "step" in line]
+    steps = [int(n) for n in STEP.findall(scenario.logs("outage", 0, tail=40))]
     assert steps, "no progress line in the log"
-    return int(steps[-1].split("step")[1].split("/")[0].strip(" =:"))
+    return steps[-1]
