@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,6 +28,16 @@ def host(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Host]:
     host = Host(tmp_path_factory.mktemp("ranks"))
     yield host
     host.close()
+
+
+@pytest.fixture(autouse=True)
+def no_seed_from_before() -> Iterator[None]:
+    """seed_everything leaves its seed in the environment, as Lightning's does."""
+    for moment in ("before", "after"):
+        for name in ("PL_GLOBAL_SEED", "PL_SEED_WORKERS"):
+            os.environ.pop(name, None)
+        if moment == "before":
+            yield
 
 
 @pytest.fixture

@@ -80,7 +80,6 @@ class FitLoop:
         fresh = not self.state.mid_epoch
         if fresh and restore is not None:
             restore()
-        self.metrics.train.reset()
         self.call("on_train_epoch_start")
         if not fresh and restore is not None:
             restore()
@@ -94,6 +93,7 @@ class FitLoop:
         self.metrics.flush_epoch(self.metrics.train, **where)
         self.call("on_train_epoch_end")
         self.metrics.flush_epoch(self.metrics.train, **where)
+        self.metrics.train.reset()
         if complete:
             self.step_schedulers("epoch", plateau=True)
             state.next_epoch()

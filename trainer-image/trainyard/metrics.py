@@ -55,11 +55,15 @@ class Metrics:
 
     def callback_metrics(self) -> dict[str, torch.Tensor]:
         """The newest value of every key, not synchronised between two flushes."""
-        current: dict[str, torch.Tensor] = {}
+        return {**self.callback, **self._unpublished()}
+
+    def _unpublished(self) -> dict[str, torch.Tensor]:
+        """Values of steps since the last flush."""
+        found: dict[str, torch.Tensor] = {}
         for name, item in self.train.items.items():
-            if item.options.on_step:
-                current[step_names(name, item.options)] = current[name] = item.step_value
-        return {**current, **self.callback} if not self.train.items else {**self.callback, **current}
+            if item.options.on_step and not item.published:
+                found[step_names(name, item.options)] = found[name] = item.step_value
+        return found
 
     def flush_step(self, *, step: int, epoch: int) -> None:
         """Collective if a key has sync_dist."""
@@ -73,6 +77,10 @@ class Metrics:
         values = results.epoch_values(self._strategy)
         if self.quiet:
             return
+        if results is self.train:  # what the last steps logged must not hide the epoch's values
+            self.callback.update(self._unpublished())
+            for item in results.items.values():
+                item.published = True
         self.callback.update({epoch_names(n, o): v for n, (o, v) in values.items()})
         self.callback.update({n: v for n, (_, v) in values.items()})
         named = {epoch_names(n, o): (o, v) for n, (o, v) in values.items()}

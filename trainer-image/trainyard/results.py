@@ -71,11 +71,13 @@ class _Item:
     weight: torch.Tensor | None = None
     fresh: bool = True
     """Logged since the last epoch-end reduction."""
+    published: bool = False
+    """`step_value` went out with a flush."""
 
     def update(self, value: torch.Tensor, weight: float) -> None:
         import torch
 
-        self.step_value, self.fresh = value, True
+        self.step_value, self.fresh, self.published = value, True, False
         if not self.options.on_epoch or weight == 0:
             return
         value = value.to(_wide(value))
@@ -104,7 +106,7 @@ class Results:
                 raise ValueError(  # noqa: TRY004 - Lightning's type for it
                     f"self.log({name!r}): a {type(value).__name__} is no number or one-element tensor"
                 )
-            value = torch.tensor(value, device=device, dtype=torch.float32)
+            value = torch.full((), float(value), device=device)  # a kernel; a copy would wait for the device
         elif value.numel() != 1:
             raise ValueError(f"self.log({name!r}): a tensor of shape {tuple(value.shape)} is no scalar")
         value = value.detach().reshape(())
@@ -125,6 +127,8 @@ class Results:
     def step_values(self, strategy: Strategy) -> dict[str, tuple[Options, torch.Tensor]]:
         """Of the step that just ended, by key; synchronised ones in one message per kind of reduction."""
         chosen = {n: i for n, i in sorted(self.items.items()) if i.options.on_step}
+        for item in chosen.values():
+            item.published = True
         values = {n: i.step_value for n, i in chosen.items()}
         for reduce in REDUCTIONS:
             names = [n for n, i in chosen.items() if i.options.sync and i.options.reduce == reduce]

@@ -17,6 +17,7 @@ _PART = 32 << 20
 _CREDENTIALS = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
     "AuthorizationHeaderMalformed",
+    "XAdminUserNotFound",  # what versitygw says for InvalidAccessKeyId
 }  # fmt: skip
 _DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"}
 _ABSENT = {"NoSuchKey", "404", "NotFound"}
