@@ -52,7 +52,12 @@ class Host:
             [sys.executable, __file__],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env={**os.environ, "PYTHONPATH": f"{PYTHONPATH}{os.pathsep}{ROOT}", "OMP_NUM_THREADS": "1"},
+            env={
+                **os.environ,
+                "PYTHONPATH": f"{PYTHONPATH}{os.pathsep}{ROOT}",
+                "OMP_NUM_THREADS": "1",
+                "TMPDIR": str(self.folder),
+            },
             bufsize=0,
         )
         self._buffer = b""

@@ -129,7 +129,7 @@ def test_under_torchrun(host: Host, run_env: dict[str, str], tmp_path: Path) -> 
     host.wait(unbroken)
     log = tmp_path / "samples"
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", DIGITS]
-    env = {**os.environ, **run_env, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1"}
+    env = {**os.environ, **run_env, "PYTHONPATH": PYTHONPATH, "OMP_NUM_THREADS": "1", "TMPDIR": str(tmp_path)}
     output = tmp_path / "torchrun.log"
     with output.open("w") as file:
         torchrun = subprocess.Popen(

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 
+from trainyard.checkpoint import staging
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.errors import (
     CheckpointMismatch,
@@ -19,6 +21,7 @@ from trainyard.checkpoint.errors import (
 )
 from trainyard.checkpoint.messages import Outcome, Staged, from_line
 from trainyard.checkpoint.retry import with_retries
+from trainyard.checkpoint.staging import StagingFolder
 from trainyard.checkpoint.triggers import StepTrigger, TimeTrigger
 from trainyard_api.checkpoints import Cursor, Fenced, Record
 
@@ -120,6 +123,26 @@ def test_retries_end_at_the_bound_and_stop_for_other_errors() -> None:
     with pytest.raises(StoreConfigError):
         with_retries(refused, seconds=5)
     assert len(tries) == 1
+
+
+def test_a_killed_process_s_staging_folder_is_swept_by_the_next_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(staging, "_YOUNG_SECONDS", 0)
+    left = tmp_path / "trainyard-staging-left"
+    (left / "data").mkdir(parents=True)
+    first = StagingFolder({})
+    assert not left.exists()
+    second = StagingFolder({})
+    assert first.path.exists(), "its owner lives"
+    for folder in (first, second):
+        folder.close()
+    assert list(tmp_path.iterdir()) == []
+    pod = StagingFolder({"TRAINYARD_RUNTIME_DIR": str(tmp_path)})
+    pod.close()
+    assert pod.path == tmp_path / "staging"
+    assert pod.path.exists(), "the uploader still needs it"
 
 
 def test_step_trigger() -> None:

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
 import tempfile
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +16,9 @@ from typing import Any, BinaryIO
 
 from trainyard_api.checkpoints import shard_key
 from trainyard_api.contract import Env
+
+_PREFIX = "trainyard-staging-"
+_YOUNG_SECONDS = 60
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,16 +71,49 @@ def write_shard(
 
 
 class StagingFolder:
-    """`$TRAINYARD_RUNTIME_DIR/staging` in a pod; elsewhere a temporary folder, deleted by `close`."""
+    """`$TRAINYARD_RUNTIME_DIR/staging` in a pod; elsewhere a temporary folder, deleted by `close`.
+
+    A process that is killed leaves its temporary folder; the next one here sweeps it. Who lives holds a lock.
+    """
 
     def __init__(self, env: Mapping[str, str] = os.environ) -> None:
         runtime = env.get(Env.RUNTIME_DIR)
-        self._owned = not runtime
-        self.path = (
-            Path(runtime) / "staging" if runtime else Path(tempfile.mkdtemp(prefix="trainyard-staging-"))
-        )
-        self.path.mkdir(parents=True, exist_ok=True)
+        self._lock: int | None = None
+        if runtime:
+            self.path = Path(runtime) / "staging"
+            self.path.mkdir(parents=True, exist_ok=True)
+            return
+        _sweep_temporary()
+        self.path = Path(tempfile.mkdtemp(prefix=_PREFIX))
+        self._lock = _lock(self.path)
 
     def close(self) -> None:
-        if self._owned:
+        if self._lock is not None:
             shutil.rmtree(self.path, ignore_errors=True)
+            os.close(self._lock)
+            self._lock = None
+
+
+def _lock(folder: Path) -> int | None:
+    """A descriptor that holds the folder; None if another process does, or it is not ours."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    except OSError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        os.close(descriptor)
+        return None
+    return descriptor
+
+
+def _sweep_temporary() -> None:
+    for folder in Path(tempfile.gettempdir()).glob(f"{_PREFIX}*"):
+        # Between mkdtemp and flock a folder looks abandoned: a young one is left alone.
+        with contextlib.suppress(OSError):
+            if folder.stat().st_uid != os.getuid() or time.time() - folder.stat().st_ctime < _YOUNG_SECONDS:
+                continue
+            if (lock := _lock(folder)) is not None:
+                shutil.rmtree(folder, ignore_errors=True)
+                os.close(lock)

@@ -79,7 +79,7 @@ class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, socket: str, service: UploadService, refused: str) -> None:
+    def __init__(self, socket: str, service: UploadService, refused: str = "") -> None:
         Path(socket).unlink(missing_ok=True)
         super().__init__(socket, _Connection)
         self.service = service
