@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 import time
+import uuid
 from contextlib import suppress
 from pathlib import Path
 
@@ -50,7 +52,7 @@ import os, signal, subprocess, sys, time
 from trainyard_agent.prctl import become_subreaper
 from trainyard_agent.processes import kill_all
 become_subreaper()
-loop = "import signal, time; signal.signal(15, signal.SIG_IGN); print('up', flush=True); time.sleep(1000)"
+loop = "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.write(1, bytes([117, 112, 10])); time.sleep(1000)"
 python = [sys.executable, "-S", "-c", loop]
 kept = subprocess.Popen(python, stdout=subprocess.PIPE)
 ups = [kept.stdout]
@@ -71,7 +73,8 @@ marked = subprocess.Popen(
     stdout=subprocess.PIPE, env={"TRAINYARD_POD_UID": "uid-of-test", "TRAINYARD_ATTEMPT": "1"})
 for stream, count in ((kept.stdout, 1), (launcher.stdout, 3), (os.fdopen(r, "rb"), 1), (marked.stdout, 1)):
     for _ in range(count):
-        assert stream.readline() == b"up\\n"
+        line = stream.readline()
+        assert line == b"up\\n", line
 def reap():
     while True:
         try:
@@ -84,26 +87,37 @@ left = kill_all(keep={kept.pid}, launcher=launcher.pid, pod_uid="uid-of-test", r
 mine = subprocess.run(["ps", "-o", "pid=", "--ppid", str(os.getpid())], capture_output=True, text=True).stdout.split()
 print(left, kept.poll(), str(kept.pid) in mine)
 kept.kill()
+kept.wait(5)
 """
 
 
 def test_kill_all_leaves_only_what_is_to_be_kept() -> None:
+    mark = f"kill-all-{uuid.uuid4()}"
+    try:
+        _kill_all(mark)
+    finally:
+        left = [pid for pid in snapshot() if _has_mark(pid, mark)]
+        for pid in left:
+            os.kill(pid, signal.SIGKILL)
+    assert left == []
+
+
+def _kill_all(mark: str) -> None:
     env = {
         **os.environ,
         "PYTHONPATH": os.pathsep.join(p for p in sys.path if p),
-        "MARK_OF_TEST": "kill-all-test",
+        "MARK_OF_TEST": mark,
     }
     ended = subprocess.run(
         [sys.executable, "-c", KILLER], env=env, capture_output=True, text=True, timeout=60, check=False
     )
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout == "[] None True\n"
-    assert not [row for row in snapshot() if _has_mark(row)]
 
 
-def _has_mark(pid: int) -> bool:
+def _has_mark(pid: int, mark: str) -> bool:
     with suppress(OSError):
-        return b"kill-all-test" in Path(f"/proc/{pid}/environ").read_bytes()
+        return mark.encode() in Path(f"/proc/{pid}/environ").read_bytes()
     return False
 
 

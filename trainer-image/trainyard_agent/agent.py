@@ -11,14 +11,12 @@ import time
 import uuid
 from collections.abc import Callable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
 from trainyard_agent import hearsay, termination
 from trainyard_agent import state as states
 from trainyard_agent.attempt import (
     Attempt,
-    close_fds,
     describe_failure,
     describe_start,
     request_for,
@@ -33,7 +31,7 @@ from trainyard_agent.processes import KILL_SECONDS, kill_all
 from trainyard_agent.settings import Settings
 from trainyard_agent.state import State, Verb
 from trainyard_agent.uploader import Uploader
-from trainyard_agent.zygote import Channel, LaunchFailed, NotThere, NotUsable, Zygote
+from trainyard_agent.zygote import LaunchFailed, Zygote
 from trainyard_api.contract import Env, ExitCode
 from trainyard_api.protocol import AgentPhase, Beat, Directive, Failure
 
@@ -275,45 +273,22 @@ class Agent:
             failed=self._failed,
             succeeded=self._succeeded,
         )
+        self._reaped.clear()
+        settings = self._settings
         try:
-            self._launch(attempt)
+            request = request_for(
+                directive,
+                run_uid=settings.run_uid,
+                pod_ip=settings.pod_ip,
+                env=self._worker_env | {str(Env.ATTEMPT): str(attempt.number)},
+                folder=work_dir(settings.runtime_dir, attempt.number),
+            )
+            attempt.launch(request, self._zygote, self._pump)
         except (OSError, LaunchFailed) as error:
             attempt.fail(f"{type(error).__name__}: {error}")
             return
         if (code := self._reaped.pop(attempt.launcher or 0, None)) is not None:
             attempt.exited(code)
-
-    def _launch(self, attempt: Attempt) -> None:
-        """By the zygote if there is one, else by a fresh process. Raises OSError, LaunchFailed."""
-        self._reaped.clear()
-        number = attempt.number
-        folder = work_dir(self._settings.runtime_dir, number)
-        env = self._worker_env | {str(Env.ATTEMPT): str(number)}
-        request = request_for(
-            attempt.directive,
-            run_uid=self._settings.run_uid,
-            pod_ip=self._settings.pod_ip,
-            env=env,
-            folder=folder,
-        )
-        fds = attempt.prepare(self._pump)
-        try:
-            if self._zygote.usable:
-                try:
-                    attempt.launcher = self._zygote.launch(request, fds)
-                    return
-                except NotThere:
-                    say(f"attempt {number}: the zygote is gone, starting from a fresh process")
-                except NotUsable as error:
-                    self._zygote.give_up(str(error))
-            fresh = Channel("trainyard.elastic.launcher", env)
-            attempt.launcher = fresh.pid
-            try:
-                fresh.send(replace(request, fork=False), fds)
-            finally:
-                fresh.close()
-        finally:
-            close_fds(fds)
 
     def _started(self, pids: list[int]) -> None:
         if self._attempt is not None:

@@ -7,15 +7,16 @@ import selectors
 import shutil
 import time
 from collections.abc import Callable
-from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from trainyard_agent.launchrequest import LaunchRequest
 from trainyard_agent.lines import Closed, LineReader
-from trainyard_agent.log import one_line
+from trainyard_agent.log import one_line, say
 from trainyard_agent.logpump import LogPump
 from trainyard_agent.rootcause import Death, root_cause, signal_name
+from trainyard_agent.zygote import Channel, NotThere, NotUsable, Zygote
 from trainyard_api.protocol import Directive, Failure
 
 
@@ -41,11 +42,33 @@ class Attempt:
         self._reader: LineReader | None = None
         self._over = False
 
-    def prepare(self, pump: LogPump) -> list[int]:
-        """Makes the pipes; the descriptors that travel with the request. The caller closes them after sending.
+    def launch(self, request: LaunchRequest, zygote: Zygote, pump: LogPump) -> None:
+        """Starts the launcher: forked by the zygote if there is one, else a fresh process.
 
-        Raises OSError when there are no descriptors left.
+        Raises OSError and LaunchFailed; what was started by then is the next sweep's.
         """
+        fds = self._pipes(pump)
+        try:
+            if zygote.usable:
+                try:
+                    self.launcher = zygote.launch(request, fds)
+                    return
+                except NotThere:
+                    say(f"attempt {self.number}: the zygote is gone, starting from a fresh process")
+                except NotUsable as error:
+                    zygote.give_up(str(error))
+            fresh = Channel("trainyard.elastic.launcher", request.env)
+            self.launcher = fresh.pid
+            try:
+                fresh.send(replace(request, fork=False), fds)
+            finally:
+                fresh.close()
+        finally:
+            for fd in fds:
+                os.close(fd)
+
+    def _pipes(self, pump: LogPump) -> list[int]:
+        """The descriptors that travel with the request. Raises OSError when there are none left."""
         self._report, write_end = os.pipe()
         os.set_blocking(self._report, False)
         self._reader = LineReader(self._report)
@@ -161,9 +184,3 @@ def describe_failure(failure: Failure) -> str:
     text = ": ".join(part for part in (failure.exception, failure.message) if part)
     echo = " [echo]" if failure.collateral else ""
     return f"attempt {failure.attempt}: {who} failed{code}: {text}{echo}"
-
-
-def close_fds(fds: list[int]) -> None:
-    for fd in fds:
-        with suppress(OSError):
-            os.close(fd)

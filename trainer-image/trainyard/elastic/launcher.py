@@ -16,14 +16,12 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from trainyard.elastic import worker
-from trainyard.elastic.network import interface_of, wait_for_listener
+from trainyard.elastic.network import interface_of
 from trainyard.elastic.threads import default_omp
 from trainyard_agent.launchrequest import LaunchRequest, receive_request
 from trainyard_agent.log import one_line
 from trainyard_agent.prctl import set_name
 
-MEETING_SECONDS = 300
-"""Longest wait of the nodes for each other. All were told to run at the same time, and were ready."""
 _INTERRUPTS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT, signal.SIGCHLD)
 
 
@@ -74,15 +72,15 @@ def _run(request: LaunchRequest, fds: list[int], report: Callable[[dict[str, Any
     prepare_environment(request)
 
     from torch.distributed.elastic.agent.server.api import WorkerSpec
-    from torch.distributed.elastic.rendezvous.static_tcp_rendezvous import StaticTCPRendezvous
 
+    from trainyard.elastic.meeting import MEETING_SECONDS, Meeting, fork_store
     from trainyard.elastic.ranks import Logs, RankAgent
 
     socket.getfqdn = lambda name="": (
         name or socket.gethostname()
     )  # torchelastic's events ask for it; never a resolver
-    if request.node_rank != 0:
-        wait_for_listener(request.master_addr, request.master_port, MEETING_SECONDS)
+    if request.node_rank == 0:
+        fork_store(request, fds)
     work_dir, launcher = Path(request.work_dir), os.getpid()
     kept = worker.open_fds() - set(fds)
     local_ranks = range(request.procs_per_node)
@@ -98,7 +96,7 @@ def _run(request: LaunchRequest, fds: list[int], report: Callable[[dict[str, Any
         local_world_size=request.procs_per_node,
         entrypoint=forked_worker if request.fork else sys.executable,
         args=() if request.fork else ("-P", "-m", "trainyard.elastic.worker"),
-        rdzv_handler=StaticTCPRendezvous(
+        rdzv_handler=Meeting(
             request.master_addr,
             request.master_port,
             request.node_rank,

@@ -79,13 +79,17 @@ class RankAgent(LocalElasticAgent):
         self._succeeded = False
 
     def _start_workers(self, worker_group: WorkerGroup) -> dict[int, Any]:
+        threads = sum(1 for _ in Path("/proc/self/task").iterdir())
+        if threads != 1 and callable(worker_group.spec.entrypoint):
+            raise RuntimeError(f"the launcher has {threads} threads, so no worker can be forked safely")
         pids: dict[int, Any] = super()._start_workers(worker_group)
         self._report({"op": "started", "pids": [pids[i] for i in sorted(pids)]})
         return pids
 
     def _monitor_workers(self, worker_group: WorkerGroup) -> RunResult:
         if self._succeeded:
-            # Node 0 has the store, which a slower node may still need: the agent ends this process when all are done.
+            # Node 0's store, which a slower node may still need, lives as long as this process does: until the agent
+            # ends it, when all are done.
             time.sleep(1.0)
             return RunResult(state=WorkerState.HEALTHY)
         pids: dict[int, int] = self._pcontext.pids()  # type: ignore[union-attr]

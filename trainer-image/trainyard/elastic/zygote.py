@@ -29,7 +29,7 @@ ALWAYS = (
     "torch.distributed",
     "torch.distributed.run",
     "torch.distributed.elastic.agent.server.local_elastic_agent",
-    "torch.distributed.elastic.rendezvous.static_tcp_rendezvous",
+    "trainyard.elastic.meeting",
     "torch.nn.parallel",
     "torch.optim",
     # The first optimizer that is made imports this (torch._compile): 900 modules, seconds of CPU in each rank of each
