@@ -43,7 +43,6 @@ TERMINATION_LOG = "/dev/termination-log"
 MASTER_PORT_BASE = 29500
 MASTER_PORT_SPAN = 1000
 """Attempt n meets at port BASE + n % SPAN, so that two attempts never share a rendezvous port."""
-METRICS_PORT = 9400
 
 
 def master_port(attempt: int) -> int:

@@ -442,3 +442,12 @@ def test_what_blocked_a_pod_does_not_end_a_gang_that_runs() -> None:
     scene.hear(scene.say(0)._with(blocked="s3://x: refused"))
     assert scene.settle().status is None
     assert not scene.status.finished
+
+
+def test_a_rank_that_was_killed_is_not_discussed() -> None:
+    """SIGKILL comes from outside: no other rank's report can be its cause, so nobody waits for one."""
+    scene = training()
+    scene.hear(scene.say(1).failed(1, rank=3, code=-9, time=scene.now))
+    assert scene.step().status is not None
+    assert scene.status.attempt == 2
+    assert scene.status.root_cause.rank == 3

@@ -193,3 +193,11 @@ def test_long_names_stay_valid_labels() -> None:
     body = desired_pod(a_run("a" * 60 + "-.bcd").with_status({"attempt": 1}).build(), 0, SETTINGS)
     value = body["metadata"]["labels"][contract.LABEL_RUN]
     assert len(value) <= 63 and value[-1].isalnum()
+
+
+def test_pods_prefer_a_node_each_unless_the_user_places_them() -> None:
+    (spread,) = pod()["spec"]["topologySpreadConstraints"]
+    assert spread["whenUnsatisfiable"] == "ScheduleAnyway", "a cluster of one node must do as well"
+    assert spread["labelSelector"]["matchLabels"].items() <= pod()["metadata"]["labels"].items()
+    placed = pod(a_run().with_spec(affinity={"nodeAffinity": {}}))
+    assert "topologySpreadConstraints" not in placed["spec"]

@@ -50,6 +50,7 @@ OUT_OF_MEMORY_TYPES = (
 )
 MAX_RANK = 2**31 - 1
 """int32 of the CRD's schema."""
+KILLED = -9
 KILLED_FROM_OUTSIDE = (137, 143)
 """128 + SIGKILL, 128 + SIGTERM: nothing that the program did."""
 
@@ -102,6 +103,8 @@ def still_waiting(view: View, found: tuple[Finding, ...]) -> float:
     first = min(f.reported for f in reports if f.reported is not None)
     if len(found) == len(view.gang.slots):
         return 0.0  # everybody has spoken
+    if any(f.cause.exit_code == KILLED and not f.echo for f in found):
+        return 0.0  # nothing that another rank did kills with SIGKILL: this is the cause
     wait = view.settings.coalesce
     if all(f.echo for f in found):
         wait = max(wait, ECHO_WAIT)

@@ -56,6 +56,7 @@ def desired_pod(run: TrainingRun, index: int, settings: PlanSettings) -> dict[st
                 "priorityClassName": spec.priority_class_name,
                 "nodeSelector": spec.node_selector or None,
                 "affinity": spec.affinity,
+                "topologySpreadConstraints": None if spec.affinity else [_one_a_node(run)],
                 "tolerations": _tolerations(spec),
                 "imagePullSecrets": [{"name": ref.name} for ref in spec.image_pull_secrets] or None,
                 "securityContext": {
@@ -70,6 +71,16 @@ def desired_pod(run: TrainingRun, index: int, settings: PlanSettings) -> dict[st
                 "containers": [_container(run, index, settings)],
             }
         ),
+    }
+
+
+def _one_a_node(run: TrainingRun) -> dict[str, Any]:
+    """A wish, not a condition: who asks for two nodes means two machines, but a laptop's cluster has one."""
+    return {
+        "maxSkew": 1,
+        "topologyKey": "kubernetes.io/hostname",
+        "whenUnsatisfiable": "ScheduleAnyway",
+        "labelSelector": {"matchLabels": {contract.LABEL_RUN_UID: run.uid}},
     }
 
 
@@ -99,7 +110,6 @@ def _container(run: TrainingRun, index: int, settings: PlanSettings) -> dict[str
             "resources": _without_none(
                 {"requests": spec.resources.requests or None, "limits": spec.resources.limits or None}
             ),
-            "ports": [{"name": "metrics", "containerPort": contract.METRICS_PORT, "protocol": "TCP"}],
             "volumeMounts": _mounts(spec),
             "terminationMessagePath": contract.TERMINATION_LOG,
             "terminationMessagePolicy": "File",

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import functools
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,36 +30,13 @@ class S3Store:
     """`s3://bucket/prefix`. Conditional creation is `If-None-Match: *` (S3 since 2024-08; versitygw, MinIO, Ceph)."""
 
     def __init__(self, uri: str, run: str, *, endpoint: str | None = None, region: str | None = None) -> None:
-        import boto3
-        from botocore.config import Config
-
         parts = urlsplit(uri)
         self._bucket = parts.netloc
         prefix = parts.path.strip("/")
         self._prefix = f"{prefix}/{run}/" if prefix else f"{run}/"
         self._uri = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
-        session = boto3.session.Session()
-        self._client = session.client(
-            "s3",
-            endpoint_url=endpoint,
-            # Every S3 request must be signed for some region; servers other than AWS take this one.
-            region_name=region or session.region_name or "us-east-1",
-            config=Config(
-                connect_timeout=3,
-                read_timeout=30,
-                max_pool_connections=16,
-                # Path style unless it is AWS: `bucket.10.0.0.7:9000` does not resolve.
-                s3={
-                    "addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"
-                },
-                retries={
-                    "mode": "standard",
-                    "total_max_attempts": 2,
-                },  # the patience is in retry.with_retries
-                request_checksum_calculation="when_required",
-                response_checksum_validation="when_required",
-            ),
-        )
+        settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
+        self._client = _client(endpoint, region, settings)
         self._endpoint = str(self._client.meta.endpoint_url)
 
     @property
@@ -179,6 +158,35 @@ class S3Store:
         if code in ("InvalidBucketName", "PermanentRedirect", "IllegalLocationConstraintException"):
             return StoreConfigError(f"{self._uri}: {code}: {_line(error)}")
         return StoreError(f"{self._uri}/{key}: {_line(error)}")
+
+
+@functools.cache
+def _client(endpoint: str | None, region: str | None, settings: tuple[tuple[str, str], ...]) -> Any:
+    """One client for each endpoint, region and AWS environment.
+
+    Making one costs a third of a second of CPU (botocore reads the description of S3). The zygote makes it once, before
+    it forks: it has no connection yet and no thread, and all ranks of all attempts have it.
+    """
+    import boto3
+    from botocore.config import Config
+
+    session = boto3.session.Session()
+    return session.client(
+        "s3",
+        endpoint_url=endpoint,
+        # Every S3 request must be signed for some region; servers other than AWS take this one.
+        region_name=region or session.region_name or "us-east-1",
+        config=Config(
+            connect_timeout=3,
+            read_timeout=30,
+            max_pool_connections=16,
+            # Path style unless it is AWS: `bucket.10.0.0.7:9000` does not resolve.
+            s3={"addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"},
+            retries={"mode": "standard", "total_max_attempts": 2},  # the patience is in retry.with_retries
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
+        ),
+    )
 
 
 def _endpoint(session: Any, endpoint: str | None) -> str:

@@ -53,3 +53,13 @@ def open_store(config: CheckpointConfig) -> Store:
     from trainyard.checkpoint.store_local import LocalStore
 
     return LocalStore(config.uri, config.run_id)
+
+
+def warm_up() -> None:
+    """Does once, before processes are forked, what is the same in all of them. No request is made.
+
+    Raises ValueError for an environment that does not describe a store.
+    """
+    config = CheckpointConfig.from_env()
+    if config is not None:
+        open_store(config)

@@ -18,6 +18,7 @@ import time
 from pathlib import Path
 from typing import Any, NoReturn
 
+from trainyard.checkpoint import stores
 from trainyard.elastic import launcher, worker
 from trainyard_agent.launchrequest import LaunchRequest, receive_request
 from trainyard_agent.prctl import die_with_parent, set_name
@@ -62,6 +63,10 @@ def import_all(preload: list[str], folder: str) -> list[str]:
                 problems.append(f"cannot preload {name}: {type(error).__name__}: {error}")
     finally:
         sys.path.remove(folder)
+    try:
+        stores.warm_up()
+    except Exception as error:  # the workers will meet it again, and say more
+        problems.append(f"cannot prepare the checkpoint store: {type(error).__name__}: {error}")
     return problems
 
 
