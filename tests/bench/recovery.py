@@ -23,7 +23,7 @@ import yaml
 from devcluster.environment import Environment, make
 from devcluster.errors import DevclusterError
 from devcluster.progress import say
-from devcluster.scenario import KILL, SECRET, Scenario, parse_time
+from devcluster.scenario import SECRET, Scenario, parse_time
 from tests.bench.main import spread
 
 NODES, PROCESSES = 2, 2
@@ -127,15 +127,12 @@ def _torchrun(scenario: Scenario, rng: random.Random, trials: int) -> list[float
     return seconds
 
 
-KILL_STOCK = (
-    KILL.replace("rank, sig = sys.argv[1:]", "local, sig = sys.argv[1], 9")
-    .replace(
-        "pids = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/comm') if p.read_text().strip() == f'rank{rank}']",
-        "pids = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ')"
-        " if f'LOCAL_RANK={local}\\0'.encode() in p.read_bytes()]",
-    )
-    .replace("rank {rank}", "local rank {local}")
-)
+KILL_STOCK = """
+import os, pathlib, sys, time
+mark = f'LOCAL_RANK={sys.argv[1]}\\0'.encode()
+pids = [int(p.parent.name) for p in pathlib.Path('/proc').glob('[0-9]*/environ') if mark in p.read_bytes()]
+os.kill(min(pids), 9); print(time.time())
+"""
 
 
 def _create(scenario: Scenario, name: str, *, master: str) -> None:
