@@ -142,6 +142,9 @@ def _create(scenario: Scenario, name: str, *, master: str) -> None:
         "TRAINYARD_CHECKPOINT_EVERY_STEPS": "10",
         "TRAINYARD_RUN_UID": "stock",
         "PYTHONUNBUFFERED": "1",
+        # Without this, workers of a new round find gloo's addresses of the old one in the agents' shared store and
+        # crash until max-restarts (seen here; pytorch #135712).
+        "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1",
         "HOME": "/tmp",  # noqa: S108 - inside the pod
     }
     if env.s3.endpoint:
