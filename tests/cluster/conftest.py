@@ -1,7 +1,7 @@
 """The cluster level: real kubelets and containers, the operator as a Deployment, a real S3 server.
 
 One embedded cluster for the whole level (name "test"), or the cluster of `./dev test --kubeconfig`. It is taken
-down at the end, also after a failure or Ctrl-C, and the last test of the level is that nothing was left.
+down at the end, also after a failure or Ctrl-C, and nothing of it may be left then.
 """
 
 from __future__ import annotations
@@ -38,12 +38,13 @@ def env() -> Iterator[Environment]:
         return
     if os.geteuid() != 0:
         pytest.skip("the embedded cluster needs root; or name a cluster with ./dev test --kubeconfig")
-    from devcluster.cluster import Cluster
+    from devcluster.cluster import Cluster, leftovers
 
     try:
         yield embedded(CLUSTER, nodes=2)
     finally:
         Cluster(CLUSTER).down()
+    assert leftovers() == [], "the cluster level left something behind"
 
 
 @pytest.fixture
