@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import base64
 import datetime
+import json
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -121,6 +122,10 @@ class Scenario:
             "metadata": {"name": name, "namespace": self.namespace},
             "spec": spec,
         }
+
+    def patch(self, name: str, change: dict[str, Any]) -> None:
+        """Merge patch of a TrainingRun."""
+        self.kubectl("-n", self.namespace, "patch", "tr", name, "--type=merge", "-p", json.dumps(change))
 
     def run(self, name: str) -> dict[str, Any]:
         """The TrainingRun object."""

@@ -158,6 +158,7 @@ class Reason(StrEnum):
     # Events only
     STARTED = "Started"
     RECOVERED = "Recovered"
+    CHECKPOINT_PASSED_OVER = "CheckpointPassedOver"
     POD_CREATED = "PodCreated"
 
 

@@ -184,6 +184,8 @@ class AttemptStatus:
     end_time: str = ""
     resumed_step: int | None = None
     resumed_from: str = ""
+    passed_over: str = ""
+    """Newer checkpoints that could not be used, and why."""
     last_step: int | None = None
     """Newest step that was reported in this attempt."""
     lost_steps: int | None = None

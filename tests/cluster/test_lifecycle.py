@@ -10,10 +10,6 @@ from devcluster.scenario import Scenario
 from tests.cluster.runs import ARGS, at_step, complete, final_sha
 
 
-def _patch(scenario: Scenario, run: str, patch: str) -> None:
-    scenario.kubectl("-n", scenario.namespace, "patch", "tr", run, "--type=merge", "-p", patch)
-
-
 def _all_pods(scenario: Scenario) -> list[str]:
     return [p["metadata"]["name"] for p in scenario.kubectl.json("-n", scenario.namespace, "pods")["items"]]
 
@@ -22,11 +18,11 @@ def _all_pods(scenario: Scenario) -> list[str]:
 def test_suspend_frees_the_pods_and_resume_goes_on(scenario: Scenario) -> None:
     scenario.submit("nap", scenario.spec(args=ARGS))
     at_step(scenario, "nap", 30)
-    _patch(scenario, "nap", '{"spec":{"suspend":true}}')
+    scenario.patch("nap", {"spec": {"suspend": True}})
     status = scenario.wait("nap", "Suspended", lambda s: s.get("phase") == "Suspended", seconds=60)
     assert _all_pods(scenario) == [], "Suspended was said with pods still there"
     assert scenario.condition(status, "Suspended")["status"] == "True"
-    _patch(scenario, "nap", '{"spec":{"suspend":false}}')
+    scenario.patch("nap", {"spec": {"suspend": False}})
     status = complete(scenario, "nap")
     assert status["attempt"] == 2
     assert status["attempts"][-1]["resumedStep"] >= 20, "the checkpoint was not used"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import pytest
 
 from tests.builders import T0, Scene, a_run, quiet
-from trainyard_api.protocol import Action
+from trainyard_api.protocol import Action, Resumed
 
 Change = Callable[[Scene], object]
 
@@ -451,3 +451,23 @@ def test_a_rank_that_was_killed_is_not_discussed() -> None:
     assert scene.step().status is not None
     assert scene.status.attempt == 2
     assert scene.status.root_cause.rank == 3
+
+
+def test_a_checkpoint_that_was_passed_over_is_told_once() -> None:
+    scene = training()
+    scene.hear(scene.say(1).failed(1, rank=3, code=-9, time=scene.now))
+    scene.settle()
+    scene.all(lambda beat: beat.ready())
+    scene.settle()
+    why = "commits/00000009.json: shard of rank 0 has another SHA-256"
+    scene.events.clear()
+    scene.all(lambda beat: beat.training(2, 31)._with(resumed=Resumed(attempt=2, step=30, fell_back=why)))
+    scene.settle()
+    assert scene.status.attempts[-1].passed_over == why
+    told = [e for e in scene.events if e.reason == "CheckpointPassedOver"]
+    assert [e.warning for e in told] == [True] and why in told[0].message
+    scene.silence(60).all(
+        lambda beat: beat.training(2, 90)._with(resumed=Resumed(attempt=2, step=30, fell_back=why))
+    )
+    scene.settle()
+    assert len([e for e in scene.events if e.reason == "CheckpointPassedOver"]) == 1

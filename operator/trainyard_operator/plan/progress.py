@@ -52,7 +52,13 @@ def with_progress(view: View, entry: AttemptStatus) -> AttemptStatus:
         step = whole(start.step) or 0
         before = view.previous
         lost = max(0, before.last_step - step) if before and before.last_step is not None else None
-        entry = replace(entry, resumed_step=step, resumed_from=clean(start.uri, MAX_URI), lost_steps=lost)
+        entry = replace(
+            entry,
+            resumed_step=step,
+            resumed_from=clean(start.uri, MAX_URI),
+            passed_over=clean(start.fell_back),
+            lost_steps=lost,
+        )
     if not entry.first_step_time and has_stepped(view):
         first = within(start.first_step_time if start else None, view.run_time or view.now, view.now)
         ended = parse(view.previous.end_time) if view.previous and view.restart else None

@@ -48,6 +48,10 @@ def transition_events(view: View, new: Status) -> tuple[EventNote, ...]:
     if after is not None and after.reason in TROUBLES and (before is None or before.reason != after.reason):
         events.append(EventNote(reason=after.reason, message=after.message, warning=True, action="Start"))
     entry = entry_of(new, view.attempt)
+    if entry is not None and entry.passed_over and not view.entry.passed_over:
+        message = clean(f"Attempt {view.attempt} starts from step {entry.resumed_step}: {entry.passed_over}")
+        reason = str(Reason.CHECKPOINT_PASSED_OVER)
+        events.append(EventNote(reason=reason, message=message, warning=True, action="Resume"))
     if entry is not None and entry.first_step_time and not view.entry.first_step_time:
         where = f"from step {entry.resumed_step}" if entry.resumed_step else "from the beginning"
         nodes = f"{len(view.gang.slots)} node{'s' if len(view.gang.slots) != 1 else ''}"
