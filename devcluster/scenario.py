@@ -64,11 +64,10 @@ class Scenario:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def close(self) -> None:
-        """Delete the namespace and wait until it is gone (bounded)."""
-        self.kubectl(
-            "delete", "namespace", self.namespace, "--ignore-not-found", "--timeout=120s", seconds=130
-        )
+    def close(self, *, wait: bool = True) -> None:
+        """Delete the namespace; with `wait` return when it is gone (bounded)."""
+        how = ["--timeout=120s"] if wait else ["--wait=false"]
+        self.kubectl("delete", "namespace", self.namespace, "--ignore-not-found", *how, seconds=130)
 
     def add_script(self, name: str, source: Path | str) -> None:
         """A ConfigMap `name` with key train.py."""

@@ -16,7 +16,7 @@ def writes(audit_log: Path, *, since: float, user: str = OPERATOR) -> list[str]:
     for line in audit_log.read_text().splitlines():
         event = json.loads(line)
         if (
-            event["user"]["username"] != user
+            event["user"].get("username") != user
             or event["verb"] not in WRITES
             or event["stage"] != "ResponseComplete"
         ):

@@ -51,8 +51,11 @@ def env() -> Iterator[Environment]:
 def scenario(env: Environment, request: pytest.FixtureRequest) -> Iterator[Scenario]:
     """A namespace of this test's own."""
     name = re.sub(r"[^a-z0-9]+", "-", request.node.name.lower()).strip("-")[:30]
-    with Scenario(env, f"t{next(_numbers)}-{name}".rstrip("-")) as made:
-        yield made
+    made = Scenario(env, f"t{next(_numbers)}-{name}".rstrip("-"))
+    try:
+        yield made.__enter__()
+    finally:
+        made.close(wait=False)  # nobody needs the name again; the cluster's end removes what is left
 
 
 @pytest.fixture(scope="module")

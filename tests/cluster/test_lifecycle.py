@@ -79,7 +79,16 @@ def test_a_node_that_is_cut_off_is_replaced_and_its_zombie_stays_out(scenario: S
     if scenario.env.cluster is None:
         pytest.skip("a node of an existing cluster cannot be cut off from here")
     cluster = scenario.env.cluster
-    spec = scenario.spec(args=[*ARGS, "--step-delay", "0.2"], processes=1)
+    spec = scenario.spec(args=[*ARGS, "--step-delay", "0.1"], processes=1)
+    spec["tolerations"] = [
+        {
+            "key": f"node.kubernetes.io/{taint}",
+            "operator": "Exists",
+            "effect": "NoExecute",
+            "tolerationSeconds": 2,
+        }
+        for taint in ("unreachable", "not-ready")
+    ]
     spec["affinity"] = {
         "podAntiAffinity": {
             "preferredDuringSchedulingIgnoredDuringExecution": [

@@ -138,7 +138,7 @@ class Cluster:
             ref = entry.get("objectRef") or {}
             began = _unix(entry["requestReceivedTimestamp"])
             if (
-                entry["user"]["username"] == ACCOUNT
+                entry["user"].get("username") == ACCOUNT  # a refused stranger has no name
                 and entry["verb"] in WRITES
                 and ref.get("namespace") == self.namespace
                 and ref.get("resource") != "leases"
