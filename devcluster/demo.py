@@ -67,7 +67,7 @@ def story(scenario: Scenario, screen: _Screen, *, nodes: int, step_delay: float)
 
     _watch(scenario, screen, "the end", lambda s: s.get("phase") == "Complete")
     for line in scenario.logs(RUN, 0, tail=60).splitlines():
-        if "accuracy" in line or "sha256" in line:
+        if "validation accuracy" in line or "final weights" in line:
             screen.tell(f"  {line}")
     screen.tell(_table(scenario.status(RUN)))
 

@@ -94,6 +94,7 @@ def embedded(name: str, *, nodes: int = 2) -> Environment:
     images = {target: build(target) for target in ("operator", "trainer")}
     for image in images.values():
         cluster.load_image(image.oci_layout, image.ref)
+        cluster.load_image(image.oci_layout, f"{image.name}:dev")  # the name that the README's examples use
     s3 = cluster.start_s3()
     s3.make_bucket(BUCKET)
     kubectl = Kubectl(cluster.kubeconfig, kubectl_binary())
