@@ -16,6 +16,7 @@ import urllib.request
 import zipfile
 from pathlib import Path
 
+from devcluster import debian
 from devcluster.errors import DevclusterError
 from devcluster.paths import cache_root
 from devcluster.progress import step
@@ -70,8 +71,7 @@ def _fetch() -> None:
     if platform.machine() not in _ZIPS:
         raise DevclusterError(f"no Go toolchain is pinned for {platform.machine()}: install Go 1.25 or newer")
     name, digest = _ZIPS[platform.machine()]
-    proxy = (os.environ.get("GOPROXY") or "https://proxy.golang.org").split(",")[0].split("|")[0].rstrip("/")
-    url = f"{proxy}/golang.org/toolchain/@v/v0.0.1-{VERSION}.{name}.zip"
+    url = f"{_proxy()}/golang.org/toolchain/@v/v0.0.1-{VERSION}.{name}.zip"
     target = _fetched()
     target.parent.mkdir(parents=True, exist_ok=True)
     archive = target.with_suffix(".zip.partial")
@@ -87,6 +87,24 @@ def _fetch() -> None:
                 raise DevclusterError(f"{url} is not the toolchain that is pinned: its checksum differs")
         _unpack(archive, target)
     archive.unlink()
+
+
+def _proxy() -> str:
+    """The first module proxy that Go itself would ask. Where no Go is at all, Debian's old one is installed to say it."""
+    setting = os.environ.get("GOPROXY", "")
+    if not setting:
+        if shutil.which("go") is None:
+            debian.ensure(["golang-go"], "its settings tell where to fetch a newer Go from")
+        done = subprocess.run(
+            ["go", "env", "GOPROXY"], capture_output=True, text=True, timeout=60, check=False
+        )
+        setting = done.stdout.strip()
+    first = setting.replace("|", ",").split(",")[0].rstrip("/")
+    if not first.startswith(("https://", "http://", "file://")):
+        raise DevclusterError(
+            f"GOPROXY is {setting!r}: no module proxy to fetch Go from; install Go 1.25 or newer"
+        )
+    return first
 
 
 def _unpack(archive: Path, target: Path) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from devcluster.errors import DevclusterError
 from devcluster.gotools import build, toolchain
 
 
@@ -44,3 +45,25 @@ def test_envtest_binaries_are_taken(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 )
 def test_go_versions(version: str | None, enough: bool) -> None:
     assert toolchain.new_enough(version) is enough
+
+
+@pytest.mark.parametrize(
+    ("setting", "first"),
+    [
+        ("https://one.example/,https://two.example,direct", "https://one.example"),
+        ("https://one.example|direct", "https://one.example"),
+        ("file:///srv/modules", "file:///srv/modules"),
+    ],
+)
+def test_go_is_fetched_from_the_first_proxy(
+    monkeypatch: pytest.MonkeyPatch, setting: str, first: str
+) -> None:
+    monkeypatch.setenv("GOPROXY", setting)
+    assert toolchain._proxy() == first
+
+
+@pytest.mark.parametrize("setting", ["off", "direct"])
+def test_without_a_proxy_it_says_what_to_do(monkeypatch: pytest.MonkeyPatch, setting: str) -> None:
+    monkeypatch.setenv("GOPROXY", setting)
+    with pytest.raises(DevclusterError, match="install Go"):
+        toolchain._proxy()
