@@ -105,7 +105,9 @@ class Pod:
         return self.log.read_text(errors="replace")
 
     def termination(self) -> dict[str, object]:
-        return json.loads(self.termination_log.read_text())
+        # The file is a mount point in a real pod, so it is rewritten in place: it may be empty for a moment.
+        text = self.termination_log.read_text() if self.termination_log.exists() else ""
+        return json.loads(text) if text else {}
 
     def processes(self) -> dict[int, str]:
         """Without the agent."""

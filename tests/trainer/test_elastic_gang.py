@@ -339,13 +339,13 @@ def test_killed_zygote_costs_the_attempt_nothing(gang: Gang) -> None:
 def test_failure_while_the_coordinator_is_away_is_told_when_it_is_back(gang: Gang) -> None:
     attempt = training(gang)
     gang.coordinator.down()
-    victim = gang.pods[0]
-    os.kill(victim.named("rank1"), signal.SIGKILL)
-    wait_until(
-        lambda: victim.termination_log.exists() and victim.termination()["attempt"] == attempt, "a message"
-    )
-    assert victim.termination()["rank"] == 1
-    gang.coordinator.up()
+    try:
+        victim = gang.pods[0]
+        os.kill(victim.named("rank1"), signal.SIGKILL)
+        wait_until(lambda: victim.termination().get("attempt") == attempt, "a message")
+        assert victim.termination()["rank"] == 1
+    finally:
+        gang.coordinator.up()  # the gang is shared with the tests after this one
     failure = failure_of(victim, attempt).failure
     assert failure is not None and (failure.rank, failure.exit_code) == (1, -9)
     training(gang)
