@@ -106,8 +106,12 @@ class Pod:
 
     def termination(self) -> dict[str, object]:
         # The file is a mount point in a real pod, so it is rewritten in place: it may be empty for a moment.
-        text = self.termination_log.read_text() if self.termination_log.exists() else ""
-        return json.loads(text) if text else {}
+        deadline = time.monotonic() + 2
+        while True:
+            text = self.termination_log.read_text() if self.termination_log.exists() else ""
+            if text or time.monotonic() > deadline:
+                return json.loads(text) if text else {}
+            time.sleep(0.01)
 
     def processes(self) -> dict[int, str]:
         """Without the agent."""
