@@ -5,7 +5,6 @@ Used by the demo, the cluster tests and the benches, so that they all do the sam
 
 from __future__ import annotations
 
-import base64
 import datetime
 import json
 import time
@@ -241,7 +240,3 @@ class Scenario:
         pods = self.kubectl.json("-n", NAMESPACE, "pods")["items"]
         live = [p["metadata"]["name"] for p in pods if "deletionTimestamp" not in p["metadata"]]
         return live[0]
-
-    def s3_credentials_literal(self) -> str:
-        """The secret key in base64 and plain, for tests that look for leaks."""
-        return base64.b64encode(self.env.s3.secret_key.encode()).decode()

@@ -27,9 +27,9 @@ class PodEvents:
 
     async def look(self, pods: Iterable[Object], known: Mapping[str, str]) -> dict[str, str]:
         """Newest complaint by pod UID, of those pods that are still being created. Never raises ApiError."""
-        slow = [
-            pod for pod in pods if being_created(view := pod_view(pod)) and self._is_slow(view.creation_time)
-        ]
+        # Every round comes here, and nearly all pods run: those are passed over before anything of them is parsed.
+        unmade = [pod for pod in pods if not _is_made(pod)]
+        slow = [p for p in unmade if being_created(view := pod_view(p)) and self._is_slow(view.creation_time)]
         found = {uid: known[uid] for pod in slow if (uid := pod["metadata"]["uid"]) in known}
         for pod in slow[:MOST_PODS]:
             meta = pod["metadata"]
@@ -48,6 +48,11 @@ class PodEvents:
 
     def _is_slow(self, created: float) -> bool:
         return self._clock.time() >= created + SETUP_SECONDS
+
+
+def _is_made(pod: Object) -> bool:
+    status = pod.get("status")
+    return isinstance(status, dict) and status.get("phase") in ("Running", "Succeeded", "Failed")
 
 
 def newest(events: Iterable[Object]) -> str:
