@@ -147,7 +147,7 @@ def _main() -> None:
     import torch.distributed
     import torch.nn.parallel  # noqa: F401
 
-    import trainyard.trainer  # noqa: F401
+    import trainyard.trainer.trainer  # noqa: F401
 
     def say(message: dict[str, Any]) -> None:
         os.write(1, json.dumps(message).encode() + b"\n")

@@ -14,21 +14,21 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from trainyard.callbacks.base import Callback
     from trainyard.checkpoint.config import CheckpointConfig
-    from trainyard.data.module import LightningDataModule
-    from trainyard.data.module import LightningDataModule as DataModule
-    from trainyard.module import LightningModule
-    from trainyard.module import LightningModule as Module
+    from trainyard.core.datamodule import LightningDataModule
+    from trainyard.core.datamodule import LightningDataModule as DataModule
+    from trainyard.core.module import LightningModule
+    from trainyard.core.module import LightningModule as Module
     from trainyard.reproducibility import seed_everything
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 _WHERE = {
     "Callback": ("trainyard.callbacks.base", "Callback"),
     "CheckpointConfig": ("trainyard.checkpoint.config", "CheckpointConfig"),
-    "DataModule": ("trainyard.data.module", "LightningDataModule"),
-    "LightningDataModule": ("trainyard.data.module", "LightningDataModule"),
-    "LightningModule": ("trainyard.module", "LightningModule"),
-    "Module": ("trainyard.module", "LightningModule"),
-    "Trainer": ("trainyard.trainer", "Trainer"),
+    "DataModule": ("trainyard.core.datamodule", "LightningDataModule"),
+    "LightningDataModule": ("trainyard.core.datamodule", "LightningDataModule"),
+    "LightningModule": ("trainyard.core.module", "LightningModule"),
+    "Module": ("trainyard.core.module", "LightningModule"),
+    "Trainer": ("trainyard.trainer.trainer", "Trainer"),
     "seed_everything": ("trainyard.reproducibility", "seed_everything"),
 }
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from trainyard.module import LightningModule
-    from trainyard.trainer import Trainer
+    from trainyard.core.module import LightningModule
+    from trainyard.trainer.trainer import Trainer
 
 
 class Callback:

@@ -7,8 +7,8 @@ from typing import TYPE_CHECKING
 from trainyard.callbacks.base import Callback
 
 if TYPE_CHECKING:
-    from trainyard.module import LightningModule
-    from trainyard.trainer import Trainer
+    from trainyard.core.module import LightningModule
+    from trainyard.trainer.trainer import Trainer
 
 
 class ProgressPrinter(Callback):

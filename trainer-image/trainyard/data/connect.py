@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from trainyard.core.hooks import DataHooks
 from trainyard.data.loader import Feed, make_feed
 from trainyard.errors import MisconfigurationException
-from trainyard.hooks import DataHooks
 
 if TYPE_CHECKING:
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 
 def data_hook(trainer: Trainer, name: str) -> Any:
@@ -50,7 +50,7 @@ def train_feed(trainer: Trainer, given: Any) -> Feed:
 
 def val_feeds(trainer: Trainer, given: Any) -> list[Feed]:
     """Empty when there is no validation_step, no loader, or limit_val_batches=0."""
-    from trainyard.module import LightningModule
+    from trainyard.core.module import LightningModule
 
     overridden = type(trainer.lightning_module).validation_step is not LightningModule.validation_step
     if not overridden or trainer.limit_val_batches == 0:

@@ -14,7 +14,7 @@ from trainyard.peers import Alone, Peers
 if TYPE_CHECKING:
     import torch
 
-    from trainyard.module import LightningModule
+    from trainyard.core.module import LightningModule
 
 Step = Callable[..., Any]
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     import torch
     from torch.nn.parallel import DistributedDataParallel
 
-    from trainyard.module import LightningModule
+    from trainyard.core.module import LightningModule
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from trainyard.state import LoopState
+from trainyard.loops.state import LoopState
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -19,18 +19,18 @@ from trainyard.checkpoint.errors import CheckpointError, exit_code
 from trainyard.data.connect import prepare_data, train_feed, val_feeds
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
-from trainyard.facade import TrainerFacade
+from trainyard.logged.metrics import Metrics
 from trainyard.loggers import CSVLogger, Logger
-from trainyard.loop import FitLoop
-from trainyard.metrics import Metrics
-from trainyard.optimizers import SchedulerConfig, configure
-from trainyard.persistence import payload, restore_module, restore_optimizers, restore_rank
-from trainyard.precision import make_precision
-from trainyard.progress import Progress, agent_client
+from trainyard.loops.fit import FitLoop
+from trainyard.loops.schedule import Schedule
+from trainyard.loops.state import LoopState
+from trainyard.optimization.configure import SchedulerConfig, configure
+from trainyard.plugins.precision import make_precision
 from trainyard.reproducibility import global_seed
-from trainyard.schedule import Schedule
-from trainyard.state import LoopState
 from trainyard.strategies import make_strategy
+from trainyard.trainer.facade import TrainerFacade
+from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
+from trainyard.trainer.progress import Progress, agent_client
 from trainyard_api.checkpoints import Fenced
 
 if TYPE_CHECKING:
@@ -40,9 +40,9 @@ if TYPE_CHECKING:
 
     from trainyard.callbacks.base import Callback
     from trainyard.checkpoint.resume import Loaded
+    from trainyard.core.datamodule import LightningDataModule
+    from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
-    from trainyard.data.module import LightningDataModule
-    from trainyard.module import LightningModule
     from trainyard.strategies.base import Strategy
 
 _log = logging.getLogger("trainyard")

@@ -8,15 +8,15 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     import torch
 
+    from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
     from trainyard.environment import Place
+    from trainyard.logged.metrics import Metrics
     from trainyard.loggers import Logger
-    from trainyard.metrics import Metrics
-    from trainyard.module import LightningModule
-    from trainyard.precision import Precision
-    from trainyard.progress import Progress
-    from trainyard.schedule import Schedule
-    from trainyard.state import LoopState
+    from trainyard.loops.schedule import Schedule
+    from trainyard.loops.state import LoopState
+    from trainyard.plugins.precision import Precision
+    from trainyard.trainer.progress import Progress
 
 
 class TrainerFacade:

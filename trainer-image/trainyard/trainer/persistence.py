@@ -6,12 +6,12 @@ from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.errors import CheckpointMismatch
 from trainyard.checkpoint.snapshot import load_model, load_optimizers
+from trainyard.loops.state import LoopState
 from trainyard.reproducibility import derived_seed, reseed, rng_state, set_rng_state
-from trainyard.state import LoopState
 
 if TYPE_CHECKING:
     from trainyard.checkpoint.resume import Loaded
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 FORMAT = 1
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainyard.batches import size_of
+from trainyard.data.batches import size_of
 from trainyard.data.connect import data_hook
 from trainyard.data.loader import Feed, SampledFeed
 from trainyard.data.sampler import Batch
@@ -17,7 +17,7 @@ from trainyard.errors import MisconfigurationException
 from trainyard.reproducibility import isolate_rng
 
 if TYPE_CHECKING:
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 _SKIP_EPOCH = -1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
-from trainyard.results import Options, Results, epoch_names, step_names, to_floats
+from trainyard.logged.results import Options, Results, epoch_names, step_names, to_floats
 
 if TYPE_CHECKING:
     import torch

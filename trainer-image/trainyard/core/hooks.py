@@ -29,7 +29,7 @@ class DataHooks:
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
-        from trainyard.batches import to_device
+        from trainyard.data.batches import to_device
 
         return to_device(batch, device)
 

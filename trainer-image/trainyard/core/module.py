@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainyard.core.hooks import DataHooks, ModelHooks
 from trainyard.errors import MisconfigurationException
-from trainyard.hooks import DataHooks, ModelHooks
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 
 class LightningModule(DataHooks, ModelHooks, torch.nn.Module):

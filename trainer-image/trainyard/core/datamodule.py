@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from trainyard.hooks import DataHooks
+from trainyard.core.hooks import DataHooks
 
 if TYPE_CHECKING:
-    from trainyard.trainer import Trainer
+    from trainyard.trainer.trainer import Trainer
 
 
 class LightningDataModule(DataHooks):

@@ -1,0 +1,1 @@
+"""Optimizers and schedulers: what a module may configure, and who steps them."""

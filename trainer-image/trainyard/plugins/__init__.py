@@ -1,0 +1,1 @@
+"""Parts that a Trainer is composed of and that a user may replace."""
