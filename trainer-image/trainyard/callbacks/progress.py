@@ -17,8 +17,7 @@ class ProgressPrinter(Callback):
     def __init__(self) -> None:
         self._printed: int | None = None
 
-    def on_logs_flushed(self, trainer: Trainer) -> None:
-        """Called by the trainer, not by a hook of Lightning's: it is the only moment when numbers are there for free."""
+    def on_logs_flushed(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if not trainer.is_global_zero or self._printed == trainer.global_step:
             return
         self._printed = trainer.global_step

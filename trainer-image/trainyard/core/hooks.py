@@ -8,20 +8,31 @@ from typing import Any
 class DataHooks:
     """In modules and data modules. If both have one, the data module's is used."""
 
+    prepare_data_per_node: bool = True
+    """Whether each node's local rank 0 prepares, or rank 0 alone."""
+
     def prepare_data(self) -> None:
-        """Download and the like: on local rank 0 of each node (or on rank 0 alone), before `setup`."""
+        """Download and the like: on local rank 0 of each node (or on rank 0 alone), before `setup`. Set no state."""
 
     def setup(self, stage: str) -> None:
-        """On every rank. `stage` is "fit"."""
+        """On every rank. `stage` is "fit", "validate", "test" or "predict"."""
 
     def teardown(self, stage: str) -> None:
         """On every rank, last."""
 
     def train_dataloader(self) -> Any:
-        """A DataLoader, or anything that can be iterated."""
+        """A DataLoader, anything that can be iterated, or a list, dict or CombinedLoader of them."""
         raise NotImplementedError
 
     def val_dataloader(self) -> Any:
+        """One loader or a list of them."""
+        raise NotImplementedError
+
+    def test_dataloader(self) -> Any:
+        """One loader or a list of them."""
+        raise NotImplementedError
+
+    def predict_dataloader(self) -> Any:
         """One loader or a list of them."""
         raise NotImplementedError
 
@@ -52,7 +63,20 @@ class ModelHooks:
     def on_after_backward(self) -> None: ...
     def on_before_optimizer_step(self, optimizer: Any) -> None: ...
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
-    def on_validation_model_eval(self) -> None: ...
+    def on_train_epoch_end(self) -> None: ...
+    def on_train_end(self) -> None: ...
+    def on_fit_end(self) -> None: ...
+
+    # ---- validation
+
+    def on_validation_model_eval(self) -> None:
+        """Puts the module into evaluation mode."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_validation_model_zero_grad(self) -> None:
+        """Before a validation within a fit: frees the gradients' memory."""
+        self.zero_grad()  # type: ignore[attr-defined]
+
     def on_validation_start(self) -> None: ...
     def on_validation_epoch_start(self) -> None: ...
     def on_validation_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
@@ -61,10 +85,45 @@ class ModelHooks:
     ) -> None: ...
     def on_validation_epoch_end(self) -> None: ...
     def on_validation_end(self) -> None: ...
-    def on_validation_model_train(self) -> None: ...
-    def on_train_epoch_end(self) -> None: ...
-    def on_train_end(self) -> None: ...
-    def on_fit_end(self) -> None: ...
+    def on_validation_model_train(self) -> None:
+        """Afterwards. The loop itself puts every submodule back into the mode that it had."""
+
+    # ---- test
+
+    def on_test_model_eval(self) -> None:
+        """Puts the module into evaluation mode."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_test_start(self) -> None: ...
+    def on_test_epoch_start(self) -> None: ...
+    def on_test_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_test_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None: ...
+    def on_test_epoch_end(self) -> None: ...
+    def on_test_end(self) -> None: ...
+    def on_test_model_train(self) -> None:
+        """Afterwards. The loop itself puts every submodule back into the mode that it had."""
+
+    # ---- predict
+
+    def on_predict_model_eval(self) -> None:
+        """Puts the module into evaluation mode."""
+        self.eval()  # type: ignore[attr-defined]
+
+    def on_predict_start(self) -> None: ...
+    def on_predict_epoch_start(self) -> None: ...
+    def on_predict_batch_start(self, batch: Any, batch_idx: int, dataloader_idx: int = 0) -> None: ...
+    def on_predict_batch_end(
+        self, outputs: Any, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None: ...
+    def on_predict_epoch_end(self) -> None: ...
+    def on_predict_end(self) -> None: ...
+    def on_predict_model_train(self) -> None:
+        """Afterwards. The loop itself puts every submodule back into the mode that it had."""
+
+    # ---- checkpoints
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Add to `checkpoint` what `on_load_checkpoint` wants back: tensors and primitives."""
 

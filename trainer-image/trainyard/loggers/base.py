@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainyard.callbacks.model_checkpoint import ModelCheckpoint
 
 
 class Logger:
@@ -18,20 +22,46 @@ class Logger:
         return None
 
     @property
-    def save_dir(self) -> str | None:
+    def experiment(self) -> Any:
+        """The vendor's own object."""
+        return None
+
+    @property
+    def root_dir(self) -> str | None:
         return None
 
     @property
     def log_dir(self) -> str | None:
         return None
 
+    @property
+    def save_dir(self) -> str | None:
+        return None
+
+    @property
+    def group_separator(self) -> str:
+        """Between the parts of a metric's name that the vendor groups by."""
+        return "/"
+
     def log_metrics(self, metrics: Mapping[str, float], step: int | None = None) -> None:
         """`step` counts from 0, as Lightning's does."""
 
-    def log_hyperparams(self, params: Mapping[str, Any]) -> None: ...
+    def log_hyperparams(self, params: Mapping[str, Any], *args: Any, **kwargs: Any) -> None:
+        """Once, at the start of a fit."""
+
+    def log_graph(self, model: Any, input_array: Any = None) -> None:
+        """Of the module, for loggers that can draw it."""
+
+    def after_save_checkpoint(self, checkpoint_callback: ModelCheckpoint) -> None:
+        """A ModelCheckpoint has written files."""
 
     def save(self) -> None:
         """Write out what is held back."""
 
     def finalize(self, status: str) -> None:
-        """ "success" or "failed": nothing comes after."""
+        """ "success" or "failed": nothing comes after, until the next fit."""
+
+
+def default_root(path: str | Path | None) -> str:
+    """`path`, or the working directory."""
+    return str(path if path is not None else Path.cwd())

@@ -216,7 +216,7 @@ class FitLoop:
             samples=per_batch * trainer.accumulate_grad_batches, loss=trainer.last_loss, flush=flush,
         )  # fmt: skip
         if flush and trainer.printer is not None:
-            trainer.printer.on_logs_flushed(trainer)
+            trainer.printer.on_logs_flushed(trainer, self.module)
 
     def save_if_due(self, *, epoch_end: bool) -> None:
         checkpointer = self.trainer.checkpointer

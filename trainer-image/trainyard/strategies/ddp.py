@@ -24,6 +24,9 @@ class DDPStrategy(Strategy):
     `timeout` bounds a collective of the training itself, and the rendezvous.
     """
 
+    name = "ddp"
+    launch = "popen"
+
     def __init__(
         self, *, timeout: timedelta = COLLECTIVE_TIMEOUT, process_group_backend: str | None = None,
         find_unused_parameters: bool = False, static_graph: bool = False, gradient_as_bucket_view: bool = True,
@@ -51,23 +54,30 @@ class DDPStrategy(Strategy):
             self._connected = True
         self.peers = GlooPeers()
 
-    def wrap(self, module: LightningModule) -> Step:
+    def setup(self, module: LightningModule, *, training: bool) -> None:
         import torch
         from torch.nn.parallel import DistributedDataParallel
 
-        module.to(self.device)
-        if not any(p.requires_grad for p in module.parameters()):
-            return module.training_step
+        super().setup(module, training=training)
+        if not training or not any(p.requires_grad for p in module.parameters()):
+            return
         ids = [self.device.index] if self.device.type == "cuda" else None
         self._ddp = DistributedDataParallel(_training_step_module(module), device_ids=ids, **self._kwargs)
         if self.device.type == "cpu" and torch.distributed.get_world_size() > 2:
             _freeze_buckets(self._ddp)
-        return self._ddp
+
+    def step(self, module: LightningModule, name: str) -> Step:
+        if name == "training_step" and self._ddp is not None:
+            return self._ddp
+        return super().step(module, name)
+
+    def teardown(self, module: LightningModule) -> None:
+        self._ddp = None
 
     def no_sync(self) -> AbstractContextManager[Any]:
         return super().no_sync() if self._ddp is None else self._ddp.no_sync()
 
-    def reduce(self, values: torch.Tensor, op: str) -> torch.Tensor:
+    def reduce(self, values: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
         import torch.distributed as dist
 
         ops = {
@@ -77,8 +87,19 @@ class DDPStrategy(Strategy):
             "max": dist.ReduceOp.MAX,
         }
         out = values.clone()
-        dist.all_reduce(out, op=ops[op])
-        return out / dist.get_world_size() if op == "mean" else out
+        dist.all_reduce(out, op=ops[op], group=group)
+        return out / dist.get_world_size(group) if op == "mean" else out
+
+    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
+        import torch
+        import torch.distributed as dist
+        from torch.distributed.nn.functional import all_gather
+
+        if sync_grads:
+            return torch.stack(all_gather(tensor, group or dist.group.WORLD))
+        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(parts, tensor.contiguous(), group=group)
+        return torch.stack(parts)
 
     def disconnect(self) -> None:
         import torch.distributed as dist

@@ -96,7 +96,7 @@ class Trainer(TrainerFacade):
             )
         self.place = Place.from_env()
         self.strategy = make_strategy(strategy, self.place, accelerator)
-        self.precision_plugin = make_precision(precision)
+        self.precision_plugin = self.strategy.precision = make_precision(precision)
         self._check_world(devices, num_nodes)
         quick = int(fast_dev_run)
         self.fast_dev_run = bool(quick)
@@ -195,7 +195,8 @@ class Trainer(TrainerFacade):
         self.progress = Progress(agent_client())
         self.loop_state = LoopState(seed=self.strategy.peers.broadcast(global_seed()))
         loaded = self._resume()
-        run_step = self.strategy.wrap(model)
+        self.strategy.setup(model, training=True)
+        run_step = self.strategy.step(model, "training_step")
         optimizer, self.lr_scheduler_configs = configure(model.configure_optimizers())
         self.optimizers = [optimizer]
         if loaded is not None:
