@@ -48,20 +48,19 @@ def train_feed(trainer: Trainer, given: Any) -> Feed:
     return feed
 
 
-def val_feeds(trainer: Trainer, given: Any) -> list[Feed]:
-    """Empty when there is no validation_step, no loader, or limit_val_batches=0."""
-    from trainyard.core.module import LightningModule
-
-    overridden = type(trainer.lightning_module).validation_step is not LightningModule.validation_step
-    if not overridden or trainer.limit_val_batches == 0:
+def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
+    """For `stage` "val", "test" or "predict"; empty if there is no loader, or its limit is 0. Each sample exactly once."""
+    limit = getattr(trainer, f"limit_{stage}_batches")
+    if limit == 0:
         return []
+    name = f"{stage}_dataloader"
     if given is None:
-        hook = data_hook(trainer, "val_dataloader")
-        if getattr(hook, "__func__", None) is DataHooks.val_dataloader:
+        hook = data_hook(trainer, name)
+        if getattr(hook, "__func__", None) is getattr(DataHooks, name):
             return []
         given = hook()
     loaders = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    return [_feed(trainer, loader, trainer.limit_val_batches, "validation") for loader in loaders]
+    return [_feed(trainer, loader, limit, stage) for loader in loaders]
 
 
 def _feed(trainer: Trainer, loader: Any, limit: int | float | None, what: str, accumulate: int = 1) -> Feed:

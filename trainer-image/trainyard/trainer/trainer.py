@@ -16,7 +16,7 @@ from trainyard.callbacks.progress import ProgressPrinter
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
-from trainyard.data.connect import prepare_data, train_feed, val_feeds
+from trainyard.data.connect import eval_feeds, prepare_data, train_feed
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
 from trainyard.logged.metrics import Metrics
@@ -202,7 +202,7 @@ class Trainer(TrainerFacade):
         if loaded is not None:
             restore_optimizers(self, loaded)
 
-        self.val_feeds = val_feeds(self, val)
+        self.val_feeds = eval_feeds(self, val, "val") if _validates(model) else []
         loop = FitLoop(self, run_step, None if loaded is None else lambda: restore_rank(self, loaded))
         model.train()
         loop.call("on_fit_start")
@@ -319,6 +319,12 @@ def _refuse(given: dict[str, Any], unknown: dict[str, Any]) -> None:
             raise MisconfigurationException(
                 f"Trainer({name}={given[name]!r}) is not supported by this version of trainyard"
             )
+
+
+def _validates(model: LightningModule) -> bool:
+    from trainyard.core.module import LightningModule
+
+    return type(model).validation_step is not LightningModule.validation_step
 
 
 def _is_one(callbacks: Any) -> bool:
