@@ -54,6 +54,10 @@ def _extra(project: Mapping[str, Any], name: str) -> list[str]:
     return list(project["project"]["optional-dependencies"][name])
 
 
+def _group(project: Mapping[str, Any], name: str) -> list[str]:
+    return list(project["dependency-groups"][name])
+
+
 def _everything(project: Mapping[str, Any]) -> list[str]:
     extras = [
         requirement for extra in project["project"]["optional-dependencies"].values() for requirement in extra
@@ -77,6 +81,11 @@ LOCKS: dict[str, Lock] = {
         agrees_with="torch",
     ),
     "examples": Lock("EXTRAS=examples", lambda project: _extra(project, "examples"), agrees_with="torch"),
+    "torchserve": Lock(
+        "the server that the TorchServe example is tested with (devcluster/venvs.py)",
+        lambda project: _group(project, "torchserve"),
+        agrees_with="dev",
+    ),
 }
 
 
