@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainyard.core.exporting import ExportMethods
 from trainyard.core.hooks import DataHooks, ModelHooks
 from trainyard.errors import MisconfigurationException
 
@@ -16,7 +17,7 @@ if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
 
 
-class LightningModule(DataHooks, ModelHooks, torch.nn.Module):
+class LightningModule(ExportMethods, DataHooks, ModelHooks, torch.nn.Module):
     """The part of `lightning.pytorch.LightningModule` that belongs to training and validation, with its names."""
 
     prepare_data_per_node: bool = True

@@ -1,0 +1,46 @@
+"""From a trained module to a file that something else can serve: ONNX, TorchScript, torch.export, plain weights."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainyard.export.dispatch import FORMATS, export, export_checkpoint, format_of
+    from trainyard.export.errors import ExportError
+    from trainyard.export.exported_program import to_exported_program
+    from trainyard.export.onnx import to_onnx
+    from trainyard.export.safetensors import load_safetensors, to_safetensors
+    from trainyard.export.torchscript import to_torchscript
+
+_WHERE = {
+    "FORMATS": "dispatch",
+    "ExportError": "errors",
+    "export": "dispatch",
+    "export_checkpoint": "dispatch",
+    "format_of": "dispatch",
+    "load_safetensors": "safetensors",
+    "to_exported_program": "exported_program",
+    "to_onnx": "onnx",
+    "to_safetensors": "safetensors",
+    "to_torchscript": "torchscript",
+}
+
+__all__ = [
+    "FORMATS",
+    "ExportError",
+    "export",
+    "export_checkpoint",
+    "format_of",
+    "load_safetensors",
+    "to_exported_program",
+    "to_onnx",
+    "to_safetensors",
+    "to_torchscript",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
