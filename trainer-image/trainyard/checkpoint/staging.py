@@ -29,7 +29,7 @@ class StagedFile:
     sha256: str
 
 
-class _HashingFile:
+class HashingFile:
     """A file that is only appended to, and hashed on the way. torch's zip writer needs no more than `write`."""
 
     def __init__(self, file: BinaryIO) -> None:
@@ -62,7 +62,7 @@ def write_shard(
     temporary = path.with_suffix(".tmp")
     try:
         with temporary.open("wb") as file:
-            hashing = _HashingFile(file)
+            hashing = HashingFile(file)
             torch.save(dict(payload), hashing)  # type: ignore[arg-type]
         temporary.replace(path)
     finally:

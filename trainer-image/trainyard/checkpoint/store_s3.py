@@ -32,8 +32,7 @@ class S3Store:
     def __init__(self, uri: str, run: str, *, endpoint: str | None = None, region: str | None = None) -> None:
         parts = urlsplit(uri)
         self._bucket = parts.netloc
-        prefix = parts.path.strip("/")
-        self._prefix = f"{prefix}/{run}/" if prefix else f"{run}/"
+        self._prefix = "".join(f"{part}/" for part in (parts.path.strip("/"), run) if part)
         self._uri = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
         self._client = _client(endpoint, region, settings)

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Protocol
 
 from trainyard.checkpoint.config import CheckpointConfig
+from trainyard.checkpoint.errors import StoreConfigError
+from trainyard_api.contract import Env
 
 
 class Store(Protocol):
@@ -53,6 +56,21 @@ def open_store(config: CheckpointConfig) -> Store:
     from trainyard.checkpoint.store_local import LocalStore
 
     return LocalStore(config.uri, config.run_id)
+
+
+def open_parent(uri: str, *, endpoint: str | None = None, region: str | None = None) -> tuple[Store, str]:
+    """(a store, the key in it) of the single object `s3://bucket/some/key`; by default with the server of this
+    TrainingRun, else the one that AWS_ENDPOINT_URL names. Raises StoreConfigError if `uri` names no object."""
+    from trainyard.checkpoint.store_s3 import S3Store
+
+    folder, _, key = uri.removeprefix("s3://").rpartition("/")
+    if not folder or not key:
+        raise StoreConfigError(f"{uri}: an object is s3://bucket/key")
+    store = S3Store(
+        f"s3://{folder}", "", endpoint=endpoint or os.environ.get(Env.CHECKPOINT_ENDPOINT) or None,
+        region=region or os.environ.get(Env.CHECKPOINT_REGION) or None,
+    )  # fmt: skip
+    return store, key
 
 
 def warm_up() -> None:

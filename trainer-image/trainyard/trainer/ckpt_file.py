@@ -1,0 +1,317 @@
+"""`.ckpt` files: written whole or not at all, and read without running what is in them.
+
+A place is a path, `file:///path`, `s3://bucket/key` or, to read from, `https://...` or an open binary file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import difflib
+import os
+import re
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from urllib.parse import unquote, urlsplit
+
+from trainyard.checkpoint.errors import CheckpointError, NotFound
+from trainyard.checkpoint.retry import with_retries
+from trainyard.errors import MisconfigurationException
+from trainyard.trainer.ckpt_errors import CheckpointFileDamaged, CheckpointFileNotFound, UnsafeCheckpoint
+
+if TYPE_CHECKING:
+    from trainyard.checkpoint.stores import Store
+
+Place: TypeAlias = "str | os.PathLike[str]"
+MapLocation: TypeAlias = "Any"
+"""What torch.load takes: a device, its name, a dict of them, a function, or None."""
+
+_CHUNK = 1 << 20
+_PATIENCE_SECONDS = 60.0
+_HTTP_SECONDS = 30.0
+
+
+def write(
+    checkpoint: Mapping[str, Any], place: Place, storage_options: Mapping[str, Any] | None = None
+) -> None:
+    """Replace what is there, at once. Raises OSError, CheckpointError (s3), MisconfigurationException.
+
+    `storage_options`, for s3:// only: `endpoint_url` and `region_name`, by default those of the TrainingRun, then AWS's.
+    """
+    if is_s3(place):
+        store, key = _s3(str(place), storage_options)
+        with _temporary() as path:
+            sha256 = _save(checkpoint, path)
+            with_retries(lambda: store.put_file(key, path, sha256), seconds=_PATIENCE_SECONDS)
+        return
+    if storage_options:
+        raise MisconfigurationException(f"storage_options: {place} is a local path, which takes none")
+    path = local_path(place)
+    if path.is_dir():
+        raise IsADirectoryError(f"{path} is a directory, a checkpoint needs the name of a file")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        _save(checkpoint, temporary)
+        temporary.replace(path)  # also replaces a link, not what it leads to
+        _sync_folder(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def read(
+    place: Place | IO[bytes], map_location: MapLocation = None, weights_only: bool | None = None,
+    storage_options: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:  # fmt: skip
+    """The checkpoint. Nothing in it is run unless `weights_only=False` is said.
+
+    Raises CheckpointFileNotFound, CheckpointFileDamaged, UnsafeCheckpoint, CheckpointError (s3), OSError.
+    `map_location` None: the devices it was saved from, the CPU for those that are not here.
+    """
+    location = _where_possible if map_location is None else map_location
+    safe = weights_only is not False
+    if not isinstance(place, str | os.PathLike):
+        return _load(place, "the given file", location, safe)
+    if urlsplit(str(place)).scheme in ("http", "https"):
+        with _temporary() as path:
+            _download(str(place), path)
+            return _load(path, str(place), location, safe)
+    if is_s3(place):
+        with _temporary() as path:
+            _fetch(str(place), path, storage_options)
+            return _load(path, str(place), location, safe)
+    path = local_path(place)
+    if not path.exists():
+        raise CheckpointFileNotFound(f"checkpoint {path} does not exist{_nearest(path)}")
+    if path.is_dir():
+        raise CheckpointFileDamaged(f"checkpoint {path} is a directory; give the name of a .ckpt file in it")
+    return _load(path, str(path), location, safe)
+
+
+def exists(place: Place) -> bool:
+    """Raises CheckpointError when a bucket cannot be asked."""
+    if not is_s3(place):
+        return local_path(place).is_file()
+    store, key = _s3(str(place), None)
+    return key in with_retries(lambda: store.list(key), seconds=_PATIENCE_SECONDS)
+
+
+def modified(place: Place) -> float:
+    """Unix seconds; 0 for an object in a bucket, whose listing here has no times."""
+    return 0.0 if is_s3(place) else local_path(place).stat().st_mtime
+
+
+def remove(place: Place) -> None:
+    """No error if it is not there. Raises CheckpointError, OSError."""
+    if is_s3(place):
+        store, key = _s3(str(place), None)
+        with_retries(lambda: store.delete([key]), seconds=_PATIENCE_SECONDS)
+    else:
+        local_path(place).unlink(missing_ok=True)
+
+
+def is_s3(place: Place) -> bool:
+    return str(place).startswith("s3://")
+
+
+def local_path(place: Place) -> Path:
+    """Of a path or file:// URI. Raises MisconfigurationException for another scheme."""
+    text = os.fspath(place)
+    scheme, separator, _ = text.partition("://")
+    if not separator:
+        return Path(text).expanduser()
+    if scheme != "file":
+        raise MisconfigurationException(
+            f"{text}: a checkpoint is at a path, file:///path or s3://bucket/key, not at {scheme}://"
+        )
+    return Path(unquote(urlsplit(text).path))
+
+
+# ---- torch
+
+
+def _save(checkpoint: Mapping[str, Any], path: Path) -> str:
+    """Hexadecimal SHA-256 of what was written, which is on the disk when this returns."""
+    import torch
+
+    from trainyard.checkpoint.staging import HashingFile
+
+    with path.open("wb") as file:
+        hashing = HashingFile(file)
+        try:
+            torch.save(dict(checkpoint), hashing)  # type: ignore[arg-type]
+        except RuntimeError as error:
+            # The zip writer, when its file fails, says that its position is unexpected.
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+        file.flush()
+        os.fsync(file.fileno())
+    return hashing.sha256.hexdigest()
+
+
+def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool) -> dict[str, Any]:
+    import pickle
+
+    import torch
+
+    if damaged := _damaged_records(source):
+        raise CheckpointFileDamaged(
+            f"checkpoint {name} is damaged ({_size(source)}): the checksum of {damaged[0]} in it is wrong"
+        )
+    try:
+        loaded = torch.load(source, map_location=location, weights_only=safe)
+    except pickle.UnpicklingError as error:
+        if not safe:
+            raise CheckpointFileDamaged(f"checkpoint {name}: {_line(error)}") from error
+        found = _unsafe_types(source) or re.findall(r"GLOBAL ([\w.]+)", str(error))
+        if not found:
+            raise CheckpointFileDamaged(
+                f"checkpoint {name} is damaged ({_size(source)}): {_line(error)}"
+            ) from error
+        raise UnsafeCheckpoint(
+            f"checkpoint {name} holds {', '.join(found)}, and to load these would run code of theirs; by "
+            "default only tensors and primitives are loaded. If you trust whoever wrote the file, say "
+            "weights_only=False. To write files that need no trust, leave such objects out: "
+            "save_hyperparameters(ignore=[...])"
+        ) from None
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+        # A wrong map_location is a RuntimeError too: it speaks of a device, a broken zip file does not.
+        if "deserialize object on" in str(error):
+            raise
+        raise CheckpointFileDamaged(
+            f"checkpoint {name} is damaged or cut off ({_size(source)}): {_line(error)}"
+        ) from error
+    if not isinstance(loaded, dict):
+        raise CheckpointFileDamaged(f"{name} holds a {type(loaded).__name__}, not a checkpoint")
+    return loaded
+
+
+def _damaged_records(source: Path | IO[bytes]) -> list[str]:
+    """torch.save writes a zip file with checksums, and torch.load does not look at them: it would load the damage."""
+    import zipfile
+
+    start = None if isinstance(source, Path) else source.tell()
+    damaged = []
+    try:
+        with zipfile.ZipFile(source) as archive:
+            records = archive.infolist()
+            for record in records:
+                try:
+                    with archive.open(record) as content:
+                        while content.read(_CHUNK):
+                            pass
+                except (zipfile.BadZipFile, RuntimeError):  # RuntimeError: a flag says that it is encrypted
+                    damaged.append(record.filename)
+    except (zipfile.BadZipFile, NotImplementedError, ValueError, OSError):
+        return []  # no zip file, or its end is gone: torch.load says so
+    finally:
+        if start is not None:
+            source.seek(start)  # type: ignore[union-attr]
+    # With torch.serialization.set_crc32_options(False) there are no true checksums at all.
+    return damaged if len(damaged) < len(records) else []
+
+
+def _unsafe_types(source: Path | IO[bytes]) -> list[str]:
+    import torch
+
+    with contextlib.suppress(Exception):  # it only reads zip files, and only makes the message better
+        if not isinstance(source, Path):
+            source.seek(0)
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))  # type: ignore[arg-type]
+    return []
+
+
+def _where_possible(storage: Any, location: str) -> Any:
+    """As torch.load by itself, but on the CPU where the device is not there."""
+    import torch
+
+    kind = location.split(":", maxsplit=1)[0]
+    there = {
+        "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xla": lambda: False,
+    }  # fmt: skip
+    return storage.cpu() if kind in there and not there[kind]() else None
+
+
+# ---- places
+
+
+def _s3(uri: str, options: Mapping[str, Any] | None) -> tuple[Store, str]:
+    from trainyard.checkpoint.stores import open_parent
+
+    options = dict(options or {})
+    options |= options.pop("client_kwargs", None) or {}
+    known = {"endpoint_url", "region_name"}
+    if unknown := sorted(set(options) - known):
+        raise MisconfigurationException(
+            f"storage_options: {', '.join(unknown)} unknown; s3:// takes {', '.join(sorted(known))}; credentials come "
+            "from the AWS_* environment"
+        )
+    return open_parent(uri, endpoint=options.get("endpoint_url"), region=options.get("region_name"))
+
+
+def _fetch(uri: str, path: Path, options: Mapping[str, Any] | None) -> None:
+    store, key = _s3(uri, options)
+
+    def download() -> None:
+        with path.open("wb") as file:
+            for chunk in store.read(key):
+                file.write(chunk)
+
+    try:
+        with_retries(download, seconds=_PATIENCE_SECONDS)
+    except NotFound as error:
+        raise CheckpointFileNotFound(f"checkpoint {uri} does not exist") from error
+
+
+def _download(url: str, path: Path) -> None:
+    import shutil
+    from urllib.error import HTTPError, URLError
+    from urllib.request import urlopen
+
+    try:
+        with urlopen(url, timeout=_HTTP_SECONDS) as answer, path.open("wb") as file:  # noqa: S310 - http or https
+            shutil.copyfileobj(answer, file)
+    except HTTPError as error:
+        kind: Callable[[str], CheckpointError] = (
+            CheckpointFileNotFound if error.code == 404 else CheckpointError
+        )
+        raise kind(f"checkpoint {url}: the server says {error.code} {error.reason}") from error
+    except (URLError, TimeoutError) as error:
+        raise CheckpointError(f"checkpoint {url} cannot be fetched: {error}") from error
+
+
+@contextlib.contextmanager
+def _temporary() -> Iterator[Path]:
+    descriptor, name = tempfile.mkstemp(prefix="trainyard-", suffix=".ckpt")
+    os.close(descriptor)
+    try:
+        yield Path(name)
+    finally:
+        Path(name).unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """The new name survives a power cut, too. Some file systems cannot; then there is nothing to do."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+def _nearest(path: Path) -> str:
+    if not path.parent.is_dir():
+        return f"; there is no folder {path.parent}"
+    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix)
+    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
+    return f"; its folder has {near[0]}" if near else f"; its folder has no {path.suffix or 'such'} file"
+
+
+def _size(source: Path | IO[bytes]) -> str:
+    return f"{source.stat().st_size} bytes" if isinstance(source, Path) else "an open file"
+
+
+def _line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
