@@ -59,6 +59,11 @@ class Checkpointer:
     def attempt(self) -> int:
         return self._attempt
 
+    @property
+    def committed_step(self) -> int:
+        """Of the newest commit that this process has heard of; -1 if of none."""
+        return self._committed_step
+
     def resume(self) -> Loaded:
         """Collective. What it raises ends the process: see `resume.resume`."""
         self._store = open_store(self._config)
