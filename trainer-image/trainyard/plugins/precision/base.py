@@ -19,6 +19,14 @@ class Precision:
     has_context: bool = False
     """Whether `forward_context` does anything: the loop leaves it out where it does not, for it costs microseconds."""
 
+    @property
+    def precision(self) -> str:
+        """Lightning's name for `name`."""
+        return self.name
+
+    def connect(self, device: torch.device) -> None:
+        """The strategy tells on which device the module will be. Before everything else, possibly several times."""
+
     def init_context(self) -> AbstractContextManager[Any]:
         """Around the making of layers in configure_model and Trainer.init_module: the default dtype."""
         return contextlib.nullcontext()
@@ -40,15 +48,18 @@ class Precision:
         return loss
 
     def unscale(self, optimizer: Optimizer) -> None:
-        """After the last backward of a step: gradients are true ones from here on (hooks, clipping)."""
+        """After the last backward of a step: gradients are true ones from here on (hooks, clipping).
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
+        May be called several times before the step.
+        """
+
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any) -> Any:
         """Run `closure` (forward, backward, unscale, hooks, clipping; returns the loss or None) and step."""
-        return optimizer.step(closure=closure)
+        return optimizer.step(closure=closure, **kwargs)
 
     def state_dict(self) -> dict[str, Any]:
         """Tensors and primitives; kept in checkpoints under Lightning's key (`MixedPrecision`: the scaler)."""
         return {}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """The inverse of `state_dict`."""
+        """The inverse of `state_dict`. An empty one is of a run in another precision: nothing to take over."""
