@@ -47,5 +47,13 @@ class Regression(L.LightningModule):
 
 def trainer(**kwargs: Any) -> L.Trainer:
     return L.Trainer(
-        **{"logger": False, "enable_progress_bar": False, "max_epochs": 1, "accelerator": "cpu"} | kwargs
+        **{
+            "logger": False,
+            "enable_progress_bar": False,
+            "enable_model_summary": False,
+            "enable_checkpointing": False,
+            "max_epochs": 1,
+            "accelerator": "cpu",
+        }
+        | kwargs
     )

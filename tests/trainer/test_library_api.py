@@ -16,6 +16,7 @@ import torch
 import trainyard as L
 from tests.trainer.forkhost import Host
 from tests.trainer.models import Regression, loader, trainer
+from trainyard.callbacks.progress import ProgressPrinter
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers import CSVLogger
 from trainyard.reproducibility import rng_state, set_rng_state
@@ -64,12 +65,12 @@ def test_fit_and_log_have_lightnings_parameters() -> None:
     ]  # fmt: skip
 
 
-def test_unknown_and_unsupported_arguments() -> None:
+def test_unknown_arguments_and_values() -> None:
     with pytest.raises(TypeError, match="no argument 'max_epoch'; the nearest is 'max_epochs'"):
         L.Trainer(max_epoch=3)
     for name, value in {
-        "profiler": "simple", "max_time": "00:01:00:00", "precision": "fp8", "strategy": "fsdp", "accelerator": "tpu",
-        "accumulate_grad_batches": 0, "gradient_clip_algorithm": "both", "devices": 2,
+        "precision": "fp8", "accelerator": "abacus", "accumulate_grad_batches": 0, "gradient_clip_algorithm": "both",
+        "max_epochs": 1.5, "limit_val_batches": 2.5, "deterministic": "yes", "gradient_clip_val": "big",
     }.items():  # fmt: skip
         with pytest.raises(MisconfigurationException, match=name):
             L.Trainer(**{name: value}).strategy.device  # noqa: B018
@@ -232,7 +233,7 @@ def test_a_logger_that_fails_does_not_stop_training(tmp_path: Path, caplog: pyte
 
 
 def test_progress_is_one_line_per_flush(capsys: pytest.CaptureFixture[str]) -> None:
-    fit = trainer(enable_progress_bar=True, log_every_n_steps=2, max_epochs=2)
+    fit = trainer(callbacks=ProgressPrinter(), enable_progress_bar=True, log_every_n_steps=2, max_epochs=2)
     fit.fit(Logging(prog_bar=True), loader(16, 4))
     lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("epoch")]
     assert [line.split(" x=")[0].split(" loss=")[0] for line in lines] == [

@@ -1,4 +1,4 @@
-"""The loop against Lightning's documented order and against loops written by hand."""
+"""The loop against loops written by hand. The order of the hooks is in test_callbacks_hooks.py."""
 
 from __future__ import annotations
 
@@ -15,31 +15,6 @@ from tests.trainer.models import Regression, loader, numbers, trainer
 from trainyard.data.sampler import permutation
 from trainyard.errors import MisconfigurationException
 
-# ---- hooks
-
-
-class Recorder:
-    """Overrides every hook of `base` to note its name and call what it overrides."""
-
-    @staticmethod
-    def of(base: type, prefix: str, calls: list[str]) -> type:
-        def recording(name: str) -> Any:
-            def hook(self: Any, *args: Any, **kwargs: Any) -> Any:
-                calls.append(prefix + name)
-                return getattr(super(made, self), name)(*args, **kwargs)
-
-            return hook
-
-        watched = [
-            n for n in dir(base)
-            if n.startswith(("on_", "configure_")) or n in (
-                "setup", "teardown", "prepare_data", "training_step", "validation_step", "backward", "optimizer_step",
-                "optimizer_zero_grad", "train_dataloader", "val_dataloader", "lr_scheduler_step", "transfer_batch_to_device",
-            )
-        ]  # fmt: skip
-        made: type = type(f"Recording{base.__name__}", (base,), {n: recording(n) for n in watched})
-        return made
-
 
 class Whole(Regression):
     def validation_step(self, batch: Any, batch_idx: int) -> None:
@@ -54,40 +29,6 @@ class Whole(Regression):
     def configure_optimizers(self) -> Any:
         optimizer = torch.optim.SGD(self.parameters(), 0.1)
         return [optimizer], [{"scheduler": torch.optim.lr_scheduler.StepLR(optimizer, 1), "interval": "step"}]
-
-
-TRANSFER = ["on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"]
-
-
-def both(*names: str) -> list[str]:
-    return [n for name in names for n in (f"Callback.{name}", name)]
-
-
-TRAIN_BATCH = [
-    *TRANSFER, *both("on_train_batch_start"), "optimizer_step", "training_step", *both("on_before_zero_grad"),
-    "optimizer_zero_grad", *both("on_before_backward"), "backward", *both("on_after_backward", "on_before_optimizer_step"),
-    "configure_gradient_clipping", "lr_scheduler_step", *both("on_train_batch_end"),
-]  # fmt: skip
-VALIDATION = [
-    "on_validation_model_eval", *both("on_validation_start", "on_validation_epoch_start"), *TRANSFER,
-    *both("on_validation_batch_start"), "validation_step", *both("on_validation_batch_end", "on_validation_epoch_end"),
-    *both("on_validation_end"), "on_validation_model_train",
-]  # fmt: skip
-
-
-def test_hooks_come_in_lightnings_order() -> None:
-    """The order of test_trainer_model_hook_system_fit in Lightning's own tests."""
-    calls: list[str] = []
-    model = Recorder.of(Whole, "", calls)()
-    callback = Recorder.of(L.Callback, "Callback.", calls)()
-    trainer(callbacks=[callback]).fit(model)
-    assert calls == [
-        "configure_callbacks", "prepare_data", "Callback.setup", "setup", "configure_model", "configure_optimizers",
-        "val_dataloader", "train_dataloader", *both("on_fit_start"),
-        "Callback.on_sanity_check_start", *VALIDATION, "Callback.on_sanity_check_end",
-        *both("on_train_start", "on_train_epoch_start"), *TRAIN_BATCH, *TRAIN_BATCH, *VALIDATION,
-        *both("on_train_epoch_end", "on_train_end", "on_fit_end"), "Callback.teardown", "teardown",
-    ]  # fmt: skip
 
 
 def test_an_exception_reaches_callbacks_and_the_caller() -> None:

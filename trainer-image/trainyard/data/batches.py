@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 
@@ -51,3 +51,18 @@ def _tensors(batch: Any) -> Iterator[Any]:
     elif dataclasses.is_dataclass(batch) and not isinstance(batch, type):
         for field in dataclasses.fields(batch):
             yield from _tensors(getattr(batch, field.name))
+
+
+def apply_to_tensors(data: Any, function: Callable[[Any], Any]) -> Any:
+    """`data` with `function(tensor)` for each of its tensors."""
+    import torch
+
+    if isinstance(data, torch.Tensor):
+        return function(data)
+    if isinstance(data, dict):
+        return {k: apply_to_tensors(v, function) for k, v in data.items()}
+    if isinstance(data, tuple) and hasattr(data, "_fields"):
+        return type(data)(*(apply_to_tensors(v, function) for v in data))
+    if isinstance(data, list | tuple):
+        return type(data)(apply_to_tensors(v, function) for v in data)
+    return data

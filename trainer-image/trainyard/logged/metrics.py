@@ -1,15 +1,21 @@
-"""From `self.log` to callbacks, loggers and the progress line. Only a flush turns tensors into numbers."""
+"""From `self.log` to callbacks, loggers and the progress bar. Only a flush turns tensors into numbers."""
 
 from __future__ import annotations
 
 import logging
 from typing import TYPE_CHECKING, Any
 
-from trainyard.logged.results import Options, Results, epoch_names, step_names, to_floats
+from trainyard.data.batches import size_of
+from trainyard.errors import MisconfigurationException
+from trainyard.logged.item import Item
+from trainyard.logged.options import Options, epoch_name, step_name
+from trainyard.logged.results import Results, Values, to_floats
+from trainyard.logged.torchmetrics import is_metric, load_metric_states, metric_states, path_of
 
 if TYPE_CHECKING:
     import torch
 
+    from trainyard.core.module import LightningModule
     from trainyard.loggers.base import Logger
     from trainyard.strategies.base import Strategy
 
@@ -17,20 +23,22 @@ _log = logging.getLogger("trainyard")
 
 
 class Metrics:
-    """Of one fit."""
+    """Of one call of an entry point."""
 
     def __init__(self, strategy: Strategy, loggers: list[Logger]) -> None:
         self._strategy = strategy
         self._loggers = loggers
-        self.train, self.validate = Results(), Results()
+        self.train, self.validate, self.test = Results(), Results(), Results()
         self.stage = self.train
         """Where `log` writes now."""
         self.hook: str | None = None
         """The hook that runs now; None where `log` is not allowed."""
-        self.weight: float = 1.0
-        """Samples in the current batch of this rank."""
-        self.suffix = ""
-        """"/dataloader_idx_1" with several validation loaders."""
+        self.batch: Any = None
+        """Of this rank; its size is looked up when a mean over an epoch asks for it."""
+        self.weight: int | None = None
+        """Samples in `batch`: None until it is looked up, 0 if they do not count."""
+        self.loader: int | None = None
+        """Number of the evaluation loader, when there are several."""
         self.quiet = False
         """In the sanity check nothing is kept."""
         self.callback: dict[str, torch.Tensor] = {}
@@ -38,20 +46,48 @@ class Metrics:
         self.bar: dict[str, float] = {}
         self.validation: dict[str, float] = {}
 
+    # ---- what a step logs
+
     def record(
-        self, name: str, value: Any, *, prog_bar: bool, logger: bool, on_step: bool | None, on_epoch: bool | None,
-        reduce: str, sync: bool, add_dataloader_idx: bool, batch_size: int | None,
-    ) -> None:  # fmt: skip
-        """Raises MisconfigurationException, ValueError."""
+        self, module: LightningModule, name: str, value: Any, args: tuple[Any, ...], batch_size: int | None
+    ) -> None:
+        """`args`: the arguments of `LightningModule.log` from prog_bar to metric_attribute, without batch_size.
+
+        Raises MisconfigurationException, ValueError.
+        """
+        item = self.stage.known.get((name, self.hook, self.loader))
+        if item is None or item.args != args:
+            item = self._resolve(module, name, value, args)
+        weight = batch_size
+        if not item.options.on_epoch:
+            weight = 0
+        elif weight is None or self.weight == 0:
+            weight = self.weight
+            if weight is None:
+                weight = self.weight = size_of(self.batch)
+        item.update(name, value, weight)
+
+    def _resolve(self, module: LightningModule, name: str, value: Any, args: tuple[Any, ...]) -> Item:
+        """The first call with a key in a hook, or one with other arguments."""
+        prog_bar, logger, on_step, on_epoch, reduce, graph, sync, group, add_index, attribute = args
+        metric = path = None
+        if is_metric(value):
+            metric, path = value, path_of(module, value, attribute)
+            if path is None:
+                raise MisconfigurationException(
+                    f"self.log({name!r}): the metric is no attribute of {type(module).__name__}, so it could be neither "
+                    "moved to a device nor reset; assign it in __init__"
+                )
         options = Options.of(
             self.hook, on_step=on_step, on_epoch=on_epoch, prog_bar=prog_bar, logger=logger, reduce=reduce,
-            sync=sync and self._strategy.peers.world > 1,
+            sync=sync and self._strategy.peers.world > 1, enable_graph=graph, metric=path or "", group=group,
         )  # fmt: skip
-        weight = self.weight if batch_size is None or self.weight == 0 else batch_size
-        self.stage.log(
-            name + self.suffix if add_dataloader_idx else name, value, options, weight=weight,
-            device=self._strategy.device,
-        )  # fmt: skip
+        key = f"{name}/dataloader_idx_{self.loader}" if add_index and self.loader is not None else name
+        item = self.stage.add(key, Item(options, args, metric))
+        self.stage.known[name, self.hook, self.loader] = item
+        return item
+
+    # ---- what callbacks read
 
     def callback_metrics(self) -> dict[str, torch.Tensor]:
         """The newest value of every key, not synchronised between two flushes."""
@@ -62,47 +98,53 @@ class Metrics:
         found: dict[str, torch.Tensor] = {}
         for name, item in self.train.items.items():
             if item.options.on_step and not item.published:
-                found[step_names(name, item.options)] = found[name] = item.step_value
+                value = item.step_value(self._strategy.device)
+                if value is not None:
+                    found[step_name(name, item.options)] = found[name] = value
         return found
+
+    # ---- flushes
 
     def flush_step(self, *, step: int, epoch: int) -> None:
         """Collective if a key has sync_dist."""
-        values = self.train.step_values(self._strategy)
-        self.callback.update({step_names(n, o): v for n, (o, v) in values.items()})
+        values = self.stage.step_values(self._strategy)
+        if self.quiet or not values:
+            return
+        named = {step_name(n, o): (o, v) for n, (o, v) in values.items()}
+        self.callback.update({n: v for n, (_, v) in named.items()})
         self.callback.update({n: v for n, (_, v) in values.items()})
-        self._publish({step_names(n, o): (o, v) for n, (o, v) in values.items()}, step=step, epoch=epoch)
+        self._publish(named, step=step, epoch=epoch)
 
-    def flush_epoch(self, results: Results, *, step: int, epoch: int) -> None:
-        """Collective: reduce what was logged with on_epoch since the last call."""
+    def flush_epoch(self, results: Results, *, step: int, epoch: int) -> dict[str, float]:
+        """Collective: reduce what was logged with on_epoch since the last call; the numbers by the names they go under."""
         values = results.epoch_values(self._strategy)
         if self.quiet:
-            return
+            return {}
         if results is self.train:  # what the last steps logged must not hide the epoch's values
             self.callback.update(self._unpublished())
             for item in results.items.values():
                 item.published = True
-        self.callback.update({epoch_names(n, o): v for n, (o, v) in values.items()})
+        named: Values = {epoch_name(n, o): (o, v) for n, (o, v) in values.items()}
+        self.callback.update({n: v for n, (_, v) in named.items()})
         self.callback.update({n: v for n, (_, v) in values.items()})
-        named = {epoch_names(n, o): (o, v) for n, (o, v) in values.items()}
         floats = self._publish(named, step=step, epoch=epoch)
         if results is self.validate:
             self.validation.update(floats)
+        return floats
 
     def finalize(self, status: str) -> None:
-        self._each_logger(lambda logger: logger.finalize(status))
+        self.each_logger(lambda logger: logger.finalize(status))
 
-    def _publish(
-        self, values: dict[str, tuple[Options, torch.Tensor]], *, step: int, epoch: int
-    ) -> dict[str, float]:
+    def _publish(self, values: Values, *, step: int, epoch: int) -> dict[str, float]:
         floats = to_floats({name: value for name, (_, value) in values.items()})
         self.bar.update({n: v for n, v in floats.items() if values[n][0].prog_bar})
         to_log = {n: v for n, v in floats.items() if values[n][0].logger}
         self.logged.update(to_log)
         if to_log:
-            self._each_logger(lambda logger: logger.log_metrics({**to_log, "epoch": epoch}, step))
+            self.each_logger(lambda logger: logger.log_metrics({**to_log, "epoch": epoch}, step))
         return floats
 
-    def _each_logger(self, use: Any) -> None:
+    def each_logger(self, use: Any) -> None:
         """A logger that fails (disk full, network down) is left out from then on: it must not stop training."""
         for logger in list(self._loggers):
             try:
@@ -112,3 +154,13 @@ class Metrics:
                 _log.warning(
                     "%s is left out from now on: %s: %s", type(logger).__name__, type(error).__name__, error
                 )
+
+    # ---- state
+
+    def state_dict(self, module: LightningModule) -> dict[str, Any]:
+        """Of this rank, in the middle of a training epoch."""
+        return {"logged": self.train.state_dict(), "metrics": metric_states(module)}
+
+    def load_state_dict(self, module: LightningModule, state: dict[str, Any]) -> None:
+        self.train.load_state_dict(state["logged"], self._strategy.device)
+        load_metric_states(module, state["metrics"], self._strategy.device)

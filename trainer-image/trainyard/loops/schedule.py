@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from trainyard.loops.state import LoopState
 
@@ -20,6 +22,21 @@ class Schedule:
     val_check_interval: int | float = 1.0
     """float: fraction of an epoch; int: batches."""
     check_val_every_n_epoch: int | None = 1
+
+    @classmethod
+    def of(cls, given: Mapping[str, Any], quick: int) -> Schedule:
+        """From the Trainer's arguments; `quick`: batches of a fast_dev_run, else 0."""
+        max_epochs, max_steps = given["max_epochs"], given["max_steps"]
+        no_end = max_steps == -1 and given["max_time"] is None
+        interval = given["val_check_interval"]
+        if interval is None or quick:
+            interval = 1.0
+        return cls(
+            max_epochs=1 if quick else max_epochs if max_epochs is not None else 1000 if no_end else -1,
+            max_steps=quick or (-1 if max_steps is None else max_steps),
+            min_epochs=given["min_epochs"] or 0, min_steps=given["min_steps"] or 0, val_check_interval=interval,
+            check_val_every_n_epoch=given["check_val_every_n_epoch"],
+        )  # fmt: skip
 
     def done(self, state: LoopState, *, should_stop: bool) -> bool:
         """Between two epochs."""
@@ -41,14 +58,16 @@ class Schedule:
             if every == 1.0 or batches is None:
                 return False
             every = max(1, int(batches * every))
-        return state.batches % every == 0
+        count = state.total_batches if self.check_val_every_n_epoch is None else state.batches
+        return count % every == 0
 
     def validates_at_end(self, state: LoopState, *, complete: bool, should_stop: bool) -> bool:
         """At the end of an epoch, or of what of it was trained before a stop."""
         if not self._this_epoch(state) or not (complete or should_stop):
             return False
         every = self.val_check_interval
-        return isinstance(every, float) or state.batches % every == 0
+        count = state.total_batches if self.check_val_every_n_epoch is None else state.batches
+        return isinstance(every, float) or count % every == 0
 
     def total_steps(self, batches: int | None, accumulate: int) -> int | None:
         """Optimizer steps of the whole run, None if there is no telling."""

@@ -1,4 +1,4 @@
-"""Where a run is: everything that the loop itself must remember to go on exactly."""
+"""Where a fit is. Together with what learns, it is all that a resume needs."""
 
 from __future__ import annotations
 
@@ -20,9 +20,15 @@ class LoopState:
     batches: int = 0
     """Of this epoch already used."""
     step: int = 0
-    """Optimizer steps since the start of the run."""
+    """Optimizer steps since the start of the run (with manual optimization, of all optimizers)."""
     seed: int = 0
     """Of the data order."""
+    total_batches: int = 0
+    """Used since the start of the run."""
+    stepped: int = 0
+    """Batches since the start of the run after which an optimizer stepped: what the loggers count by."""
+    validates: bool = False
+    """A validation is due before the next batch: it was abandoned for a save on the way out."""
 
     @property
     def cursor(self) -> Cursor:
@@ -41,4 +47,6 @@ class LoopState:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LoopState:
-        return cls(**{k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__})
+        known = {k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__}
+        known["validates"] = bool(known.get("validates", False))
+        return cls(**known)

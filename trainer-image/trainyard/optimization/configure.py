@@ -10,7 +10,12 @@ from trainyard.errors import MisconfigurationException
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
-_FORMS = "an optimizer, a list of one, ([optimizer], [scheduler]), or {'optimizer': ..., 'lr_scheduler': scheduler or dict}"
+    from trainyard.core.module import LightningModule
+
+_FORMS = (
+    "an optimizer, a list of them, ([optimizers], [schedulers]), {'optimizer': ..., 'lr_scheduler': scheduler or dict}, "
+    "a list of such dicts, or None"
+)
 
 
 @dataclass(slots=True, kw_only=True)
@@ -27,18 +32,31 @@ class SchedulerConfig:
     reduce_on_plateau: bool = False
 
 
-def configure(returned: Any) -> tuple[Optimizer, list[SchedulerConfig]]:
-    """Raises MisconfigurationException for what it does not understand."""
+def configure(module: LightningModule) -> tuple[list[Optimizer], list[SchedulerConfig]]:
+    """Of `module.configure_optimizers()`. Raises MisconfigurationException for what it does not understand."""
     from torch.optim import Optimizer
 
-    optimizers, schedulers = _split(returned)
-    if len(optimizers) != 1 or not isinstance(optimizers[0], Optimizer):
+    optimizers, schedulers = _split(module.configure_optimizers())
+    wrong = [type(o).__name__ for o in optimizers if not isinstance(o, Optimizer)]
+    if wrong:
+        raise MisconfigurationException(
+            f"configure_optimizers: a {wrong[0]} is no Optimizer. It may return {_FORMS}"
+        )
+    if module.automatic_optimization and len(optimizers) != 1:
         found = ", ".join(type(o).__name__ for o in optimizers) or "none"
         raise MisconfigurationException(
-            f"configure_optimizers must give one optimizer (several need manual optimisation, which this version does not "
-            f"have); it gave {found}. It may return {_FORMS}"
+            f"configure_optimizers must give one optimizer; it gave {found}. For several, or none, set "
+            f"self.automatic_optimization = False in __init__ and step them in training_step. It may return {_FORMS}"
         )
-    return optimizers[0], [_scheduler(s) for s in schedulers]
+    configs = [_scheduler(s) for s in schedulers]
+    for config in configs:
+        config.name = config.name or None
+        own = getattr(config.scheduler, "optimizer", None)
+        if own is not None and not any(own is o for o in optimizers):
+            raise MisconfigurationException(
+                f"lr_scheduler: a {type(config.scheduler).__name__} was made for another optimizer than those returned"
+            )
+    return optimizers, configs
 
 
 def _split(returned: Any) -> tuple[list[Any], list[Any]]:
@@ -57,12 +75,14 @@ def _split(returned: Any) -> tuple[list[Any], list[Any]]:
             scheduler = {"scheduler": scheduler, "monitor": returned["monitor"]}
         return [returned["optimizer"]], [] if scheduler is None else [scheduler]
     if isinstance(returned, list | tuple):
-        if len(returned) == 2 and all(isinstance(part, list | tuple) for part in returned):
-            return list(returned[0]), list(returned[1])
-        if len(returned) == 1 and isinstance(returned[0], dict):
-            return _split(returned[0])
+        if len(returned) == 2 and isinstance(returned[0], list | tuple):
+            second = returned[1] if isinstance(returned[1], list | tuple) else [returned[1]]
+            return list(returned[0]), list(second)
+        if returned and all(isinstance(part, dict) for part in returned):
+            pairs = [_split(part) for part in returned]
+            return [o for found, _ in pairs for o in found], [s for _, found in pairs for s in found]
         return list(returned), []
-    return [returned], []
+    return [] if returned is None else [returned], []
 
 
 def _scheduler(given: Any) -> SchedulerConfig:

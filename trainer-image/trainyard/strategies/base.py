@@ -3,25 +3,26 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from typing import TYPE_CHECKING, Any
 
-from trainyard.environment import Place
-from trainyard.errors import MisconfigurationException
 from trainyard.peers import Alone, Peers
 from trainyard.plugins.precision.base import Precision
+from trainyard.strategies.facade import StrategyFacade
+from trainyard.strategies.materialize import without_init
 
 if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
     from trainyard.core.module import LightningModule
+    from trainyard.plugins.layer_sync import LayerSync
 
 Step = Callable[..., Any]
 
 
-class Strategy:
+class Strategy(StrategyFacade):
     """One process on one device; the others override what differs.
 
     Called in this order: `connect` once; for each fit, validate, test or predict: `setup`, and for a fit also
@@ -31,44 +32,48 @@ class Strategy:
     name: str = "single"
     launch: str | None = None
     """How a script that torchrun did not start gets its other processes: None (it is one), "popen", "spawn", "fork"."""
+    forward_is_collective: bool = False
+    """Whether a forward pass waits for the other ranks (sharded parameters): then all must do the same number."""
+    allows_inference_mode: bool = True
+    plain_backward: bool = True
+    """Whether `backward` is the module's, which is `loss.backward()` unless that is overridden."""
     accumulates: bool = False
     """Whether the engine behind it divides the loss and counts the batches of an optimizer step itself (deepspeed)."""
 
     def __init__(self) -> None:
-        self.place = Place()
-        self.accelerator = "auto"
+        super().__init__()
         self.precision = Precision()
         self.peers: Peers = Alone()
-        self._device: torch.device | None = None
+        self.layer_sync: LayerSync | None = None
+        """`Trainer(sync_batchnorm=True)`: used where there are several processes."""
+        self._module: LightningModule | None = None
 
     # ---- where
 
-    @property
-    def device(self) -> torch.device:
-        """Raises MisconfigurationException when the accelerator that was asked for is not there."""
-        if self._device is None:
-            self._device = pick_device(self.accelerator, self.place.local_rank)
-        return self._device
-
-    @property
-    def root_device(self) -> torch.device:
-        """Lightning's name for `device`."""
-        return self.device
-
     def connect(self) -> None:
-        """Find the other processes. Raises what torch.distributed raises, within the time-out."""
+        """Find the other processes. May be called again. Raises what torch.distributed raises, within the time-out, and
+        MisconfigurationException when the accelerator that was asked for is not there.
+        """
+        self.kind.setup_device(self.device)
 
     def disconnect(self) -> None:
         """After what succeeded."""
 
     # ---- model and optimizers
 
-    def init_context(self) -> AbstractContextManager[Any]:
-        """Around configure_model: may put new layers on the meta device, or into a default dtype."""
-        return self.precision.init_context()
+    @contextlib.contextmanager
+    def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """Around configure_model: may put new layers on the meta device, or into a default dtype.
+
+        `empty_init`: torch.nn.init does nothing, for weights that are loaded afterwards anyhow.
+        """
+        with self.precision.init_context(), without_init() if empty_init else contextlib.nullcontext():
+            yield
 
     def setup(self, module: LightningModule, *, training: bool) -> None:
         """Convert, move and wrap `module`."""
+        self._module = module
+        self.precision.connect(self.device)
         self.precision.convert_module(module)
         module.to(self.device)
 
@@ -81,21 +86,26 @@ class Strategy:
         return optimizers
 
     def teardown(self, module: LightningModule) -> None:
-        """Unwrap: afterwards the module holds plain, whole parameters again where that is possible."""
+        """Unwrap: afterwards the module holds plain, whole parameters again where that is possible. Collective, and not
+        for what failed.
+        """
 
     # ---- a step
 
-    def backward(self, module: LightningModule, loss: torch.Tensor) -> None:
+    def backward(self, module: LightningModule, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
         """`loss` is scaled already."""
-        module.backward(loss)
+        module.backward(loss, *args, **kwargs)
+
+    def begin_manual(self, module: LightningModule) -> None:
+        """The module runs backward itself, inside of its training_step."""
 
     def no_sync(self) -> AbstractContextManager[Any]:
         """Around batches after which the optimizer does not step."""
         return contextlib.nullcontext()
 
-    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any]) -> Any:
-        """See `Precision.optimizer_step`."""
-        return self.precision.optimizer_step(optimizer, closure)
+    def optimizer_step(self, optimizer: Optimizer, closure: Callable[[], Any], **kwargs: Any) -> Any:
+        """See `Precision.optimizer_step`. `kwargs`: what manual optimization gives to `step`."""
+        return self.precision.optimizer_step(optimizer, closure, **kwargs)
 
     def clip_gradients(
         self, module: LightningModule, optimizer: Optimizer, value: float, algorithm: str
@@ -103,7 +113,10 @@ class Strategy:
         """By global norm ("norm") or element-wise ("value"), over all shards of the gradients."""
         import torch
 
-        parameters = [p for group in optimizer.param_groups for p in group["params"]]
+        self.precision.unscale(optimizer)
+        parameters = [p for group in optimizer.param_groups for p in group["params"] if p.grad is not None]
+        if not parameters:
+            return
         if algorithm == "value":
             torch.nn.utils.clip_grad_value_(parameters, value)
         else:
@@ -111,15 +124,20 @@ class Strategy:
 
     # ---- between the ranks
 
-    def reduce(self, values: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
-        """Over all ranks: "mean", "sum", "min" or "max"."""
+    def reduce_values(self, values: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
+        """Over all ranks: "mean", "sum", "min", "max" or "product". A new tensor."""
         return values
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
         """(world, *tensor.shape); (*tensor.shape) in a world of one, as Lightning's."""
         return tensor
 
-    def barrier(self) -> None:
+    def broadcast(self, obj: Any, src: int = 0) -> Any:
+        """Rank `src`'s object, of any kind that can be pickled."""
+        return obj
+
+    def barrier(self, name: str | None = None) -> None:
+        """All ranks come here. `name` is for the reader."""
         self.peers.any(False)
 
     # ---- state, whole and on the CPU or the device, as if there was one process. All collective.
@@ -143,20 +161,3 @@ class Strategy:
     ) -> None:
         """The inverse. Every rank has `state`."""
         optimizer.load_state_dict(state)
-
-
-def pick_device(accelerator: str, local_rank: int) -> torch.device:
-    """Raises MisconfigurationException."""
-    import torch
-
-    if accelerator == "cpu":
-        return torch.device("cpu")
-    if accelerator in ("gpu", "cuda", "auto"):
-        if torch.cuda.is_available():
-            device = torch.device("cuda", local_rank % torch.cuda.device_count())
-            torch.cuda.set_device(device)
-            return device
-        if accelerator == "auto":
-            return torch.device("cpu")
-        raise MisconfigurationException(f"accelerator: {accelerator!r}, but torch sees no CUDA device here")
-    raise MisconfigurationException(f"accelerator: {accelerator!r} is none of 'auto', 'cpu', 'gpu', 'cuda'")

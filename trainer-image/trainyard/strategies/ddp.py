@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager
-from datetime import timedelta
+import contextlib
+import difflib
+import inspect
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
-from trainyard.peers import GlooPeers
-from trainyard.strategies.base import Step, Strategy
+from trainyard.errors import MisconfigurationException
+from trainyard.strategies.base import Step
+from trainyard.strategies.parallel import ParallelStrategy
 
 if TYPE_CHECKING:
     import torch
@@ -15,100 +18,128 @@ if TYPE_CHECKING:
 
     from trainyard.core.module import LightningModule
 
-COLLECTIVE_TIMEOUT = timedelta(seconds=60)
+_OURS = {"self", "module", "device_ids", "output_device", "dim"}
 
 
-class DDPStrategy(Strategy):
-    """torch.nn.parallel.DistributedDataParallel; further arguments go there.
+class DDPStrategy(ParallelStrategy):
+    """torch.nn.parallel.DistributedDataParallel.
 
-    `timeout` bounds a collective of the training itself, and the rendezvous.
+    `ddp_comm_hook` is registered with `ddp_comm_state`, inside of `ddp_comm_wrapper` if there is one (gradient
+    compression: torch.distributed.algorithms.ddp_comm_hooks). `timeout`, `process_group_backend`, `start_method`: see
+    ParallelStrategy; all other arguments go to DistributedDataParallel. In a world of one nothing is wrapped. Raises
+    MisconfigurationException for an argument that nobody knows.
     """
 
     name = "ddp"
-    launch = "popen"
 
     def __init__(
-        self, *, timeout: timedelta = COLLECTIVE_TIMEOUT, process_group_backend: str | None = None,
-        find_unused_parameters: bool = False, static_graph: bool = False, gradient_as_bucket_view: bool = True,
-        **kwargs: Any,
+        self, *, find_unused_parameters: bool = False, static_graph: bool = False, gradient_as_bucket_view: bool = True,
+        ddp_comm_state: object | None = None, ddp_comm_hook: Callable[..., Any] | None = None,
+        ddp_comm_wrapper: Callable[..., Any] | None = None, model_averaging_period: int | None = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__()
-        self._timeout = timeout
-        self._backend = process_group_backend
+        if model_averaging_period is not None:
+            raise MisconfigurationException(
+                "model_averaging_period: averaging the weights every few steps is not supported; leave it out"
+            )
+        for name, given in (("ddp_comm_state", ddp_comm_state), ("ddp_comm_wrapper", ddp_comm_wrapper)):
+            if given is not None and ddp_comm_hook is None:
+                raise MisconfigurationException(f"{name}: it does nothing without ddp_comm_hook")
+        ours, theirs = _split(kwargs)
+        super().__init__(**ours)
+        self._hook, self._hook_state, self._hook_wrapper = ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper
         self._kwargs = {
             "find_unused_parameters": find_unused_parameters, "static_graph": static_graph,
-            "gradient_as_bucket_view": gradient_as_bucket_view, **kwargs,
+            "gradient_as_bucket_view": gradient_as_bucket_view, **theirs,
         }  # fmt: skip
         self._ddp: DistributedDataParallel | None = None
-        self._connected = False
+        self._manual = False
+        self._syncs = True
 
-    def connect(self) -> None:
-        import torch.distributed as dist
-
-        if not dist.is_initialized():
-            cuda = self.device.type == "cuda"
-            dist.init_process_group(
-                self._backend or ("nccl" if cuda else "gloo"), timeout=self._timeout,
-                device_id=self.device if cuda else None,
-            )  # fmt: skip
-            self._connected = True
-        self.peers = GlooPeers()
+    @property
+    def model(self) -> torch.nn.Module | None:
+        """The DistributedDataParallel, in a fit."""
+        return self._ddp or self._module
 
     def setup(self, module: LightningModule, *, training: bool) -> None:
-        import torch
+        if training:
+            self.apply_layer_sync(module)
+        super().setup(module, training=training)
+        if training and self.world_size > 1 and any(p.requires_grad for p in module.parameters()):
+            self._wrap(module)
+
+    def _wrap(self, module: LightningModule) -> None:
         from torch.nn.parallel import DistributedDataParallel
 
-        super().setup(module, training=training)
-        if not training or not any(p.requires_grad for p in module.parameters()):
-            return
-        ids = [self.device.index] if self.device.type == "cuda" else None
+        ids = [self.device.index] if self.device.type != "cpu" else None
         self._ddp = DistributedDataParallel(_training_step_module(module), device_ids=ids, **self._kwargs)
-        if self.device.type == "cpu" and torch.distributed.get_world_size() > 2:
+        if self._hook is not None:
+            hook = self._hook if self._hook_wrapper is None else self._hook_wrapper(self._hook)
+            self._ddp.register_comm_hook(self._hook_state, hook)
+        elif self.device.type == "cpu" and self.world_size > 2:
             _freeze_buckets(self._ddp)
 
     def step(self, module: LightningModule, name: str) -> Step:
         if name == "training_step" and self._ddp is not None:
-            return self._ddp
+            return self._manual_step if self._manual else self._ddp
         return super().step(module, name)
 
+    def begin_manual(self, module: LightningModule) -> None:
+        self._manual = True
+
+    def _manual_step(self, *args: Any) -> Any:
+        """DDP prepares its reducer when forward returns: too late for a backward pass inside of it."""
+        ddp: Any = self._ddp
+        ddp.require_backward_grad_sync = False
+        try:
+            return ddp(*args)
+        finally:
+            ddp.require_backward_grad_sync = True
+
+    def backward(self, module: LightningModule, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        ddp = self._ddp
+        if self._manual and ddp is not None and self._syncs:
+            from torch.nn.parallel.distributed import _find_tensors
+
+            ddp.require_forward_param_sync = True
+            searches = ddp.find_unused_parameters and not ddp.static_graph
+            ddp.reducer.prepare_for_backward(list(_find_tensors(loss)) if searches else [])
+        super().backward(module, loss, *args, **kwargs)
+
     def teardown(self, module: LightningModule) -> None:
-        self._ddp = None
+        self._ddp, self._manual = None, False
+        super().teardown(module)
 
-    def no_sync(self) -> AbstractContextManager[Any]:
-        return super().no_sync() if self._ddp is None else self._ddp.no_sync()
-
-    def reduce(self, values: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
-        import torch.distributed as dist
-
-        ops = {
-            "mean": dist.ReduceOp.SUM,
-            "sum": dist.ReduceOp.SUM,
-            "min": dist.ReduceOp.MIN,
-            "max": dist.ReduceOp.MAX,
-        }
-        out = values.clone()
-        dist.all_reduce(out, op=ops[op], group=group)
-        return out / dist.get_world_size(group) if op == "mean" else out
-
-    def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.nn.functional import all_gather
-
-        if sync_grads:
-            return torch.stack(all_gather(tensor, group or dist.group.WORLD))
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.stack(parts)
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        if self._ddp is None:
+            yield
+            return
+        self._syncs = False
+        try:
+            with self._ddp.no_sync():
+                yield
+        finally:
+            self._syncs = True
 
     def disconnect(self) -> None:
-        import torch.distributed as dist
-
         self._ddp = None
-        if self._connected:
-            self.barrier()  # nobody tears down connections that another one still uses
-            dist.destroy_process_group()
-            self._connected = False
+        super().disconnect()
+
+
+def _split(kwargs: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """What ParallelStrategy takes, and what DistributedDataParallel takes. Raises MisconfigurationException."""
+    from torch.nn.parallel import DistributedDataParallel
+
+    base = set(inspect.signature(ParallelStrategy.__init__).parameters) - {"self"}
+    ddp = set(inspect.signature(DistributedDataParallel.__init__).parameters) - _OURS
+    for name in kwargs:
+        if name not in base | ddp:
+            near = difflib.get_close_matches(name, sorted(base | ddp), n=1)
+            hint = f"; did you mean {near[0]!r}?" if near else ""
+            raise MisconfigurationException(
+                f"{name}: neither DDPStrategy nor DistributedDataParallel takes it{hint}"
+            )
+    return {k: v for k, v in kwargs.items() if k in base}, {k: v for k, v in kwargs.items() if k not in base}
 
 
 def _training_step_module(module: LightningModule) -> torch.nn.Module:

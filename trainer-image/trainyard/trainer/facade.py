@@ -5,18 +5,25 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from trainyard.optimization.manual import LightningOptimizer
+from trainyard.trainer.states import RunningStage, TrainerFn, TrainerStatus
+
 if TYPE_CHECKING:
     import torch
+    from torch.optim import Optimizer
 
+    from trainyard.callbacks.base import Callback
     from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
     from trainyard.environment import Place
     from trainyard.logged.metrics import Metrics
-    from trainyard.loggers import Logger
+    from trainyard.loggers.base import Logger
     from trainyard.loops.schedule import Schedule
     from trainyard.loops.state import LoopState
     from trainyard.plugins.precision import Precision
+    from trainyard.strategies.base import Strategy
     from trainyard.trainer.progress import Progress
+    from trainyard.trainer.states import TrainerState
 
 
 class TrainerFacade:
@@ -24,18 +31,30 @@ class TrainerFacade:
 
     place: Place
     schedule: Schedule
+    state: TrainerState
+    strategy: Strategy
     loop_state: LoopState
     metrics: Metrics
     progress: Progress
-    precision_plugin: Precision
+    callbacks: list[Callback]
     loggers: list[Logger]
+    optimizers: list[Optimizer]
     accumulate_grad_batches: int
+    limit_train_batches: int | float | None
+    limit_val_batches: int | float | None
+    limit_test_batches: int | float | None
+    limit_predict_batches: int | float | None
+    num_sanity_val_steps: int
     default_root_dir: Path
+    val_feeds: list[Feed]
+    eval_feeds: list[Feed]
     _module: LightningModule | None
 
     @property
     def train_feed(self) -> Feed:
         raise NotImplementedError
+
+    # ---- metrics
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
@@ -63,12 +82,20 @@ class TrainerFacade:
         return self.progress.samples_per_second
 
     def print(self, *args: Any, **kwargs: Any) -> None:
-        if self.is_global_zero:
+        """On rank 0 only, and around a progress bar."""
+        if not self.is_global_zero:
+            return
+        bar = self.progress_bar_callback
+        if bar is not None and callable(write := getattr(bar, "print", None)):
+            write(*args, **kwargs)
+        else:
             print(*args, **kwargs)
+
+    # ---- the model
 
     @property
     def lightning_module(self) -> LightningModule:
-        """Raises RuntimeError before fit."""
+        """Raises RuntimeError before the first call of an entry point."""
         if self._module is None:
             raise RuntimeError("this Trainer has no module yet: call fit")
         return self._module
@@ -76,6 +103,21 @@ class TrainerFacade:
     @property
     def model(self) -> LightningModule | None:
         return self._module
+
+    @property
+    def lightning_optimizers(self) -> list[LightningOptimizer]:
+        """What `LightningModule.optimizers()` gives."""
+        return [LightningOptimizer(optimizer, self) for optimizer in self.optimizers]  # type: ignore[arg-type]
+
+    @property
+    def precision(self) -> str:
+        return self.strategy.precision.name
+
+    @property
+    def precision_plugin(self) -> Precision:
+        return self.strategy.precision
+
+    # ---- where it is
 
     @property
     def global_step(self) -> int:
@@ -111,30 +153,149 @@ class TrainerFacade:
         return self.place.local_world_size
 
     @property
+    def device_ids(self) -> list[int]:
+        return list(range(self.place.local_world_size))
+
+    @property
     def is_global_zero(self) -> bool:
         return self.place.rank == 0
 
+    # ---- what it does
+
     @property
-    def precision(self) -> str:
-        return self.precision_plugin.name
+    def training(self) -> bool:
+        return self.state.stage is RunningStage.TRAINING
+
+    @property
+    def validating(self) -> bool:
+        return self.state.stage is RunningStage.VALIDATING
+
+    @property
+    def testing(self) -> bool:
+        return self.state.stage is RunningStage.TESTING
+
+    @property
+    def predicting(self) -> bool:
+        return self.state.stage is RunningStage.PREDICTING
+
+    @property
+    def sanity_checking(self) -> bool:
+        return self.state.stage is RunningStage.SANITY_CHECKING
+
+    @property
+    def evaluating(self) -> bool:
+        return self.state.stage is not None and self.state.stage.evaluating
+
+    @property
+    def interrupted(self) -> bool:
+        return self.state.status is TrainerStatus.INTERRUPTED
+
+    # ---- loggers and callbacks
 
     @property
     def logger(self) -> Logger | None:
+        """The first one."""
         return self.loggers[0] if self.loggers else None
+
+    @logger.setter
+    def logger(self, logger: Logger | None) -> None:
+        self.loggers = [] if logger is None else [logger]
 
     @property
     def log_dir(self) -> str | None:
-        return self.loggers[0].log_dir if self.loggers else str(self.default_root_dir)
+        """Of the first logger, the same on all ranks; without a logger, default_root_dir. Collective."""
+        logger = self.logger
+        mine = str(self.default_root_dir) if logger is None else logger.log_dir or logger.save_dir
+        return self.strategy.peers.broadcast(mine)  # type: ignore[no-any-return]
+
+    def _callbacks(self, module: str, kind: str) -> list[Any]:
+        import importlib
+
+        wanted = getattr(importlib.import_module(module), kind)
+        return [callback for callback in self.callbacks if isinstance(callback, wanted)]
+
+    @property
+    def checkpoint_callbacks(self) -> list[Any]:
+        return self._callbacks("trainyard.callbacks.model_checkpoint", "Checkpoint")
+
+    @property
+    def checkpoint_callback(self) -> Any:
+        return next(iter(self.checkpoint_callbacks), None)
+
+    @property
+    def early_stopping_callbacks(self) -> list[Any]:
+        return self._callbacks("trainyard.callbacks.early_stopping", "EarlyStopping")
+
+    @property
+    def early_stopping_callback(self) -> Any:
+        return next(iter(self.early_stopping_callbacks), None)
+
+    @property
+    def progress_bar_callback(self) -> Any:
+        return next(iter(self._callbacks("trainyard.callbacks.progress", "ProgressBar")), None)
+
+    @property
+    def prediction_writer_callbacks(self) -> list[Any]:
+        return self._callbacks("trainyard.callbacks.prediction_writer", "BasePredictionWriter")
+
+    # ---- data and lengths
+
+    @property
+    def train_dataloader(self) -> Any:
+        """As it was given, or as train_dataloader() returned it; None before there is one."""
+        feed = self.__dict__.get("_train_feed")
+        return None if feed is None else feed.given
+
+    def _evaluated(self, fn: TrainerFn) -> list[Any]:
+        feeds = (
+            self.eval_feeds if self.state.fn is fn else self.val_feeds if fn is TrainerFn.VALIDATING else []
+        )
+        return [feed.given for feed in feeds]
+
+    @property
+    def val_dataloaders(self) -> Any:
+        return _one_or_all(self._evaluated(TrainerFn.VALIDATING))
+
+    @property
+    def test_dataloaders(self) -> Any:
+        return _one_or_all(self._evaluated(TrainerFn.TESTING))
+
+    @property
+    def predict_dataloaders(self) -> Any:
+        return _one_or_all(self._evaluated(TrainerFn.PREDICTING))
 
     @property
     def num_training_batches(self) -> int | float:
+        """Of an epoch, for this rank; inf if there is no telling."""
         batches = self.train_feed.batches
         return float("inf") if batches is None else batches
 
     @property
+    def num_val_batches(self) -> list[int | float]:
+        return _lengths(self.eval_feeds if self.state.fn is TrainerFn.VALIDATING else self.val_feeds)
+
+    @property
+    def num_sanity_val_batches(self) -> list[int | float]:
+        most = self.num_sanity_val_steps
+        return [n if most == -1 else min(n, most) for n in self.num_val_batches]
+
+    @property
+    def num_test_batches(self) -> list[int | float]:
+        return _lengths(self.eval_feeds if self.state.fn is TrainerFn.TESTING else [])
+
+    @property
+    def num_predict_batches(self) -> list[int | float]:
+        return _lengths(self.eval_feeds if self.state.fn is TrainerFn.PREDICTING else [])
+
+    @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run, None if there is no telling."""
+        """Optimizer steps of the whole run; None if there is no telling."""
         return self.schedule.total_steps(self.train_feed.batches, self.accumulate_grad_batches)
+
+    @property
+    def estimated_stepping_batches(self) -> int | float:
+        total = self.total_steps
+        return float("inf") if total is None else total
 
     @property
     def max_epochs(self) -> int:
@@ -153,6 +314,17 @@ class TrainerFacade:
         return self.schedule.min_steps
 
     @property
-    def estimated_stepping_batches(self) -> int | float:
-        total = self.total_steps
-        return float("inf") if total is None else total
+    def val_check_interval(self) -> Any:
+        return self.schedule.val_check_interval
+
+    @property
+    def check_val_every_n_epoch(self) -> int | None:
+        return self.schedule.check_val_every_n_epoch
+
+
+def _lengths(feeds: list[Feed]) -> list[int | float]:
+    return [float("inf") if feed.batches is None else feed.batches for feed in feeds]
+
+
+def _one_or_all(loaders: list[Any]) -> Any:
+    return None if not loaders else loaders[0] if len(loaders) == 1 else loaders

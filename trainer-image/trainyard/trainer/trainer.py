@@ -1,41 +1,45 @@
-"""Trainer: configuration and composition. What happens in a fit is in `loop.py`."""
+"""Trainer: configuration and composition. What happens in a fit is in `loops/`."""
 
 from __future__ import annotations
 
-import difflib
-import inspect
+import functools
 import logging
 import sys
+from collections.abc import Callable, Iterable
 from datetime import timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
-from trainyard.callbacks.progress import ProgressPrinter
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
 from trainyard.data.connect import eval_feeds, prepare_data, train_feed
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
+from trainyard.failure import watch
 from trainyard.logged.metrics import Metrics
-from trainyard.loggers import CSVLogger, Logger
+from trainyard.loggers.base import Logger
+from trainyard.loops.evaluation import EvaluationLoop
 from trainyard.loops.fit import FitLoop
+from trainyard.loops.hooks import HookCaller
+from trainyard.loops.prediction import PredictionLoop
 from trainyard.loops.schedule import Schedule
 from trainyard.loops.state import LoopState
+from trainyard.loops.stop import NoStop
 from trainyard.optimization.configure import SchedulerConfig, configure
 from trainyard.plugins.precision import make_precision
 from trainyard.reproducibility import global_seed
 from trainyard.strategies import make_strategy
+from trainyard.trainer import arguments, defaults
 from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
 from trainyard.trainer.progress import Progress, agent_client
+from trainyard.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainyard_api.checkpoints import Fenced
 
 if TYPE_CHECKING:
-    from collections.abc import Iterable
-
     from torch.optim import Optimizer
 
     from trainyard.callbacks.base import Callback
@@ -47,12 +51,15 @@ if TYPE_CHECKING:
 
 _log = logging.getLogger("trainyard")
 
-_UNSUPPORTED: dict[str, Any] = {
-    "max_time": None, "limit_test_batches": None, "limit_predict_batches": None, "overfit_batches": 0.0,
-    "profiler": None, "barebones": False, "plugins": None, "sync_batchnorm": False,
-    "reload_dataloaders_every_n_epochs": 0, "model_registry": None,
-}  # fmt: skip
-"""Arguments of Lightning's that this version knows and does not have, with the only value that they may have."""
+
+def _arguments(init: Callable[..., None]) -> Callable[..., None]:
+    """Have PL_TRAINER_<NAME> stand for arguments that are left out, and unknown ones refused with the nearest name."""
+
+    @functools.wraps(init)
+    def wrapped(self: Trainer, **given: Any) -> None:
+        init(self, **arguments.from_environment(given, init))
+
+    return wrapped
 
 
 class Trainer(TrainerFacade):
@@ -63,6 +70,7 @@ class Trainer(TrainerFacade):
     value that it cannot honour.
     """
 
+    @_arguments
     def __init__(
         self, *, accelerator: str = "auto", strategy: str | Strategy = "auto",
         devices: list[int] | str | int = "auto", num_nodes: int = 1, precision: str | int | None = None,
@@ -71,7 +79,7 @@ class Trainer(TrainerFacade):
         max_steps: int = -1, min_steps: int | None = None, max_time: str | timedelta | dict[str, int] | None = None,
         limit_train_batches: int | float | None = None, limit_val_batches: int | float | None = None,
         limit_test_batches: int | float | None = None, limit_predict_batches: int | float | None = None,
-        overfit_batches: int | float = 0.0, val_check_interval: int | float | None = None,
+        overfit_batches: int | float = 0.0, val_check_interval: int | float | str | timedelta | dict[str, int] | None = None,
         check_val_every_n_epoch: int | None = 1, num_sanity_val_steps: int | None = None,
         log_every_n_steps: int | None = None, enable_checkpointing: bool | None = None,
         enable_progress_bar: bool | None = None, enable_model_summary: bool | None = None,
@@ -82,67 +90,76 @@ class Trainer(TrainerFacade):
         sync_batchnorm: bool = False, reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | Path | None = None, enable_autolog_hparams: bool = True,
         model_registry: str | None = None, suggest_integrations: bool = True,
-        checkpoint: CheckpointConfig | None = None, **unknown: Any,
+        checkpoint: CheckpointConfig | None = None,
     ) -> None:  # fmt: skip
-        given = locals()
-        _refuse(given, unknown)
-        if accumulate_grad_batches < 1:
-            raise MisconfigurationException(
-                f"accumulate_grad_batches: {accumulate_grad_batches} is less than 1"
-            )
-        if gradient_clip_algorithm not in (None, "norm", "value"):
-            raise MisconfigurationException(
-                f"gradient_clip_algorithm: {gradient_clip_algorithm!r} is not 'norm' or 'value'"
-            )
-        self.place = Place.from_env()
-        self.strategy = make_strategy(strategy, self.place, accelerator)
-        self.precision_plugin = self.strategy.precision = make_precision(precision)
-        self._check_world(devices, num_nodes)
+        given = arguments.check({k: v for k, v in locals().items() if k != "self"})
         quick = int(fast_dev_run)
-        self.fast_dev_run = bool(quick)
-        no_end = max_steps == -1 and not quick
-        self.schedule = Schedule(
-            max_epochs=1 if quick else max_epochs if max_epochs is not None else 1000 if no_end else -1,
-            max_steps=quick or max_steps, min_epochs=min_epochs or 0, min_steps=min_steps or 0,
-            val_check_interval=1.0 if val_check_interval is None or quick else val_check_interval,
-            check_val_every_n_epoch=check_val_every_n_epoch,
-        )  # fmt: skip
-        self.limit_train_batches = quick or limit_train_batches
-        self.limit_val_batches = quick or limit_val_batches
-        self.num_sanity_val_steps = (
-            0 if quick else 2 if num_sanity_val_steps is None else num_sanity_val_steps
-        )
-        self.log_every_n_steps = 50 if log_every_n_steps is None else max(1, log_every_n_steps)
+        self.fast_dev_run: bool | int = fast_dev_run
+        self.barebones = barebones
+        self._compose(given)
+        self.schedule = Schedule.of(given, quick)
+        for stage in ("train", "val", "test", "predict"):
+            setattr(self, f"limit_{stage}_batches", quick or given[f"limit_{stage}_batches"])
+        self.overfit_batches = overfit_batches
+        self.num_sanity_val_steps = 0 if quick else _or(given["num_sanity_val_steps"], 2)
+        self.log_every_n_steps = _or(given["log_every_n_steps"], 50) or sys.maxsize
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.inference_mode, self.use_distributed_sampler = inference_mode, use_distributed_sampler
+        self.reload_dataloaders_every_n_epochs = reload_dataloaders_every_n_epochs
+        self.enable_autolog_hparams = enable_autolog_hparams
         self.default_root_dir = Path(default_root_dir or Path.cwd())
-        self.callbacks: list[Callback] = [callbacks] if _is_one(callbacks) else list(callbacks or [])  # type: ignore[list-item, arg-type]
-        self.printer = ProgressPrinter() if enable_progress_bar is not False else None
-        self.loggers = self._make_loggers(logger is not False and not quick, logger)
-        self._checkpoint_config = self._pick_checkpoint(
-            checkpoint, enable_checkpointing is not False and not quick
-        )
+        self.loggers = [] if quick else defaults.make_loggers(given["logger"], self.default_root_dir)
+        saves = given["enable_checkpointing"] is not False and not quick
+        self._checkpoint_config = self._pick_checkpoint(checkpoint, saves)
+        self.callbacks: list[Callback] = defaults.with_defaults(
+            defaults.as_callbacks(callbacks), checkpointing=saves and self._checkpoint_config is None,
+            progress_bar=given["enable_progress_bar"] is not False,
+            summary=given["enable_model_summary"] is not False and not quick, max_time=max_time,
+        )  # fmt: skip
+        self.profiler = self._make_profiler(given["profiler"])
         _torch_flags(deterministic, benchmark, detect_anomaly)
+        self._begin()
 
+    def _compose(self, given: dict[str, Any]) -> None:
+        """The strategy, with its place, accelerator and precision."""
+        plugins = given["plugins"]
+        self.plugins = (
+            list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
+        )
+        self.place = Place.from_env()
+        self.strategy = make_strategy(given["strategy"], self.place, given["accelerator"])
+        self.strategy.precision = make_precision(given["precision"])
+        self._check_world(given["devices"], given["num_nodes"])
+
+    def _begin(self) -> None:
+        """What every fit makes anew, so that there is something to be read before one."""
+        self.state = TrainerState()
         self.should_stop = False
-        self.sanity_checking = False
         self.loop_state = LoopState()
         self.metrics = Metrics(self.strategy, [])
         self.progress = Progress(None)
+        self.stop: Any = NoStop()
         self.checkpointer: Checkpointer | None = None
         self.optimizers: list[Optimizer] = []
         self.lr_scheduler_configs: list[SchedulerConfig] = []
         self.datamodule: LightningDataModule | None = None
         self._train_feed: Feed | None = None
-        self._given_train: Any = None
+        self._given: dict[str, Any] = {}
+        """Loaders that were given to the entry point, by stage."""
         self.val_feeds: list[Feed] = []
+        self.eval_feeds: list[Feed] = []
         self.last_loss: torch.Tensor | None = None
         self.batch_plan: Any = None
         """`data.sampler.Batch` of the batch that is trained on now."""
+        self.is_last_batch = False
+        self.ckpt_path: str | Path | None = None
+        self.fit_loop: FitLoop | None = None
+        self.predict_loop: PredictionLoop | None = None
         self._module: LightningModule | None = None
+        self.hooks: HookCaller
 
-    # ---- fit
+    # ---- entry points
 
     def fit(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
@@ -150,14 +167,99 @@ class Trainer(TrainerFacade):
         weights_only: bool | None = None,
     ) -> None:  # fmt: skip
         """Train. A failure that concerns checkpoints ends the process with one line and contract.ExitCode's code."""
-        if ckpt_path is not None:
-            raise MisconfigurationException(
-                "ckpt_path: this version resumes from its own checkpoints only (Trainer(checkpoint=...), or a TrainingRun)"
-            )
+        train_dataloaders, datamodule = _datamodule_of(train_dataloaders, datamodule)
+        self.should_stop = False
+        self._enter(
+            TrainerFn.FITTING,
+            model,
+            datamodule,
+            {"train": train_dataloaders, "val": val_dataloaders},
+            self._fit,
+        )
+
+    def validate(  # noqa: PLR0917 - Lightning's signature
+        self, model: LightningModule | None = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
+        verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """One epoch of validation; by loader: what was logged."""
+        return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, verbose, datamodule)
+
+    def test(  # noqa: PLR0917 - Lightning's signature
+        self, model: LightningModule | None = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
+        verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
+    ) -> list[dict[str, float]]:  # fmt: skip
+        """One epoch of test; by loader: what was logged."""
+        return self._evaluate(TrainerFn.TESTING, model, dataloaders, verbose, datamodule)
+
+    def predict(  # noqa: PLR0917 - Lightning's signature
+        self, model: LightningModule | None = None, dataloaders: Any = None,
+        datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
+        ckpt_path: str | Path | None = None, weights_only: bool | None = None,
+    ) -> list[Any] | list[list[Any]] | None:  # fmt: skip
+        """What predict_step returned for this rank's batches: a list, or a list by loader if there are several."""
+        dataloaders, datamodule = _datamodule_of(dataloaders, datamodule)
+
+        def work() -> Any:
+            self._start(loading=True)
+            self.eval_feeds = eval_feeds(self, self._given["predict"], "predict")
+            if not self.eval_feeds:
+                raise MisconfigurationException(
+                    "no data to predict: give predict a DataLoader, or define predict_dataloader"
+                )
+            self.state.stage = RunningStage.PREDICTING
+            self.predict_loop = PredictionLoop(self, return_predictions=return_predictions is not False)
+            answer = self.predict_loop.run(self.eval_feeds)
+            self._end()
+            return answer
+
+        return self._enter(TrainerFn.PREDICTING, model, datamodule, {"predict": dataloaders}, work)
+
+    def _evaluate(
+        self, fn: TrainerFn, model: LightningModule | None, dataloaders: Any, verbose: bool, datamodule: Any
+    ) -> list[dict[str, float]]:
+        dataloaders, datamodule = _datamodule_of(dataloaders, datamodule)
+        stage, hook = ("val", "validation") if fn is TrainerFn.VALIDATING else ("test", "test")
+
+        def work() -> list[dict[str, float]]:
+            if not _has_step(self.lightning_module, f"{hook}_step"):
+                raise MisconfigurationException(f"{type(self.lightning_module).__name__} has no {hook}_step")
+            self._start(loading=True)
+            self.eval_feeds = eval_feeds(self, self._given[stage], stage)
+            if not self.eval_feeds:
+                raise MisconfigurationException(
+                    f"no data: give {fn.value} a DataLoader, or define {stage}_dataloader"
+                )
+            self.state.stage = RunningStage.VALIDATING if stage == "val" else RunningStage.TESTING
+            loop = EvaluationLoop(self, hook)
+            loop.run(self.eval_feeds)
+            if verbose and self.is_global_zero:
+                from trainyard.loops.table import results_table
+
+                print(results_table(loop.found, fn.value), flush=True)
+            self._end()
+            return loop.found
+
+        return self._enter(fn, model, datamodule, {stage: dataloaders}, work)  # type: ignore[no-any-return]
+
+    # ---- around every entry point
+
+    def _enter(
+        self, fn: TrainerFn, model: LightningModule | None, datamodule: LightningDataModule | None,
+        given: dict[str, Any], work: Callable[[], Any],
+    ) -> Any:  # fmt: skip
+        """Run `work` with all attached, and see to what its end asks for, whichever it is."""
+        self.state = TrainerState(TrainerStatus.RUNNING, fn, None)
         failed = True
         try:
-            self._fit(model, train_dataloaders, val_dataloaders, datamodule)
+            self.strategy.connect()
+            place = self.place
+            with watch(rank=place.rank, world=place.world_size, graceful=fn is TrainerFn.FITTING) as watcher:
+                self.stop = watcher.stop
+                self._attach(model, datamodule, given)
+                answer = work()
             failed = False
+            self.state.status = TrainerStatus.FINISHED
+            return answer
         except (CheckpointError, Fenced) as error:
             self._on_exception(error)
             self._leave(error)
@@ -165,56 +267,78 @@ class Trainer(TrainerFacade):
             self._on_exception(error)
             raise
         finally:
+            self.state.stage = None
             if self.checkpointer is not None:
                 self.checkpointer.close(failed=failed)
+                self.checkpointer = None
             self.metrics.finalize("failed" if failed else "success")
-        self.strategy.disconnect()
+            if self.profiler is not None:
+                self.profiler.describe()
 
-    def _fit(
-        self, model: LightningModule, train: Any, val: Any, datamodule: LightningDataModule | None
-    ) -> None:
-        self.strategy.connect()
-        self._module, self.datamodule = model, datamodule
-        self._given_train, self._train_feed = train, None
-        model.trainer = self
+    def _attach(self, model: LightningModule | None, datamodule: Any, given: dict[str, Any]) -> None:
+        from trainyard.core.compiled import unwrap
+
+        module = self._module if model is None else unwrap(model)
+        if module is None:
+            raise MisconfigurationException(f"{self.state.fn}: there is no module yet; give one")
+        self._module = module
+        if datamodule is not None or model is not None:
+            self.datamodule = datamodule
+        self._given, self._train_feed = given, None
+        module.trainer = self
         if datamodule is not None:
             datamodule.trainer = self
-        extra = model.configure_callbacks()
-        self.callbacks += [extra] if _is_one(extra) else list(extra or [])
-        if self.printer is not None:
-            self.callbacks.append(self.printer)
+        self.metrics = Metrics(self.strategy, list(self.loggers) if self.is_global_zero else [])
+        self.hooks = HookCaller(self)
+        defaults.attach_module_callbacks(self)
+
+    def _start(self, *, loading: bool = False) -> None:
+        """Prepare data, call setup, make the model."""
+        module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
         prepare_data(self)
         if datamodule is not None:
-            datamodule.setup("fit")
+            datamodule.setup(stage)
         for callback in self.callbacks:
-            callback.setup(self, model, "fit")
-        model.setup("fit")
-        model.configure_model()
+            callback.setup(self, module, stage)
+        module.setup(stage)
+        with self.strategy.init_context():
+            module.configure_model()
+        if loading:
+            self.strategy.setup(module, training=False)
 
-        self.metrics = Metrics(self.strategy, list(self.loggers) if self.is_global_zero else [])
+    def _end(self) -> None:
+        module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
+        self.strategy.teardown(module)
+        if datamodule is not None:
+            datamodule.teardown(stage)
+        for callback in self.callbacks:
+            callback.teardown(self, module, stage)
+        module.teardown(stage)
+
+    # ---- fit
+
+    def _fit(self) -> None:
+        module = self.lightning_module
+        self._start()
         self.progress = Progress(agent_client())
         self.loop_state = LoopState(seed=self.strategy.peers.broadcast(global_seed()))
         loaded = self._resume()
-        self.strategy.setup(model, training=True)
-        run_step = self.strategy.step(model, "training_step")
-        optimizer, self.lr_scheduler_configs = configure(model.configure_optimizers())
-        self.optimizers = [optimizer]
+        self.strategy.setup(module, training=True)
+        if loaded is not None:
+            restore_module(self, loaded)
+        self.optimizers, self.lr_scheduler_configs = configure(module)
+        self.optimizers = self.strategy.setup_optimizers(module, self.optimizers)
         if loaded is not None:
             restore_optimizers(self, loaded)
-
-        self.val_feeds = eval_feeds(self, val, "val") if _validates(model) else []
-        loop = FitLoop(self, run_step, None if loaded is None else lambda: restore_rank(self, loaded))
-        model.train()
-        loop.call("on_fit_start")
-        if self.val_feeds and self.num_sanity_val_steps and loaded is None:
-            loop.sanity_check(self.num_sanity_val_steps)
-        loop.run()
-        loop.call("on_fit_end")
-        if datamodule is not None:
-            datamodule.teardown("fit")
-        for callback in self.callbacks:
-            callback.teardown(self, model, "fit")
-        model.teardown("fit")
+        self.val_feeds = (
+            eval_feeds(self, self._given["val"], "val") if _has_step(module, "validation_step") else []
+        )
+        self.fit_loop = FitLoop(self, None if loaded is None else lambda: restore_rank(self, loaded))
+        module.train()
+        self.hooks("on_fit_start")
+        self.fit_loop.run()
+        self.hooks("on_fit_end")
+        self._end()
 
     def _resume(self) -> Loaded | None:
         """Where to go on from; None for a fresh start."""
@@ -227,7 +351,6 @@ class Trainer(TrainerFacade):
         if loaded.record is None:
             self.progress.resumed(step=0, uri="", fell_back="")
             return None
-        restore_module(self, loaded)
         self.progress.resumed(step=loaded.record.step, uri=loaded.uri, fell_back=loaded.fell_back)
         self.print(f"resumed at step {loaded.record.step} from {loaded.uri}", flush=True)
         return loaded
@@ -251,6 +374,7 @@ class Trainer(TrainerFacade):
         raise SystemExit(code) from error
 
     def _on_exception(self, error: BaseException) -> None:
+        self.state.status = TrainerStatus.INTERRUPTED
         if self._module is None:
             return
         for callback in self.callbacks:
@@ -258,20 +382,36 @@ class Trainer(TrainerFacade):
         if self.datamodule is not None:
             self.datamodule.on_exception(error)
 
-    def record(self, name: str, value: Any, *, rank_zero_only: bool, **options: Any) -> None:
-        """What `LightningModule.log` does."""
-        if rank_zero_only and not self.is_global_zero:
-            return
-        self.metrics.record(name, value, **options)
-
     @property
     def train_feed(self) -> Feed:
         """Made when first asked for: configure_optimizers may want to know how many steps there will be."""
         if self._train_feed is None:
-            self._train_feed = train_feed(self, self._given_train)
+            self._train_feed = train_feed(self, self._given.get("train"))
         return self._train_feed
 
+    def reload_train_feed(self) -> None:
+        """At the start of an epoch: ask train_dataloader again, if reload_dataloaders_every_n_epochs says so."""
+        every, epoch = self.reload_dataloaders_every_n_epochs, self.loop_state.epoch
+        if every and epoch and epoch % every == 0:
+            self._train_feed = None
+            if _has_step(self.lightning_module, "validation_step"):
+                self.val_feeds = eval_feeds(self, self._given["val"], "val")
+
+    @property
+    def accumulating(self) -> bool:
+        """Whether gradients of earlier batches wait for the optimizer's step."""
+        return self.fit_loop is not None and self.fit_loop.optimization.window_open
+
     # ---- composition
+
+    def init_module(self, empty_init: bool | None = None) -> Any:
+        """Context to make a module in: right away with the precision's dtype and on the strategy's device."""
+        import contextlib
+
+        stack = contextlib.ExitStack()
+        stack.enter_context(self.strategy.init_context())
+        stack.enter_context(self.strategy.device)
+        return stack
 
     def _check_world(self, devices: Any, num_nodes: int) -> None:
         """torchrun's word counts; what the script says is only compared with it."""
@@ -290,12 +430,12 @@ class Trainer(TrainerFacade):
                 f"{Path(sys.argv[0]).name}"
             )
 
-    def _make_loggers(self, enabled: bool, given: Any) -> list[Logger]:
-        if not enabled or not self.is_global_zero:
-            return []
-        if given is None or given is True:
-            return [CSVLogger(self.default_root_dir)]
-        return [given] if isinstance(given, Logger) else list(given)
+    def _make_profiler(self, given: Any) -> Any:
+        if given is None:
+            return None
+        from trainyard.profilers import make_profiler
+
+        return make_profiler(given)
 
     @staticmethod
     def _pick_checkpoint(given: CheckpointConfig | None, enabled: bool) -> CheckpointConfig | None:
@@ -308,34 +448,36 @@ class Trainer(TrainerFacade):
         return from_env or given
 
 
-def _refuse(given: dict[str, Any], unknown: dict[str, Any]) -> None:
-    if unknown:
-        name = next(iter(unknown))
-        known = [p for p in inspect.signature(Trainer.__init__).parameters if p not in ("self", "unknown")]
-        nearest = difflib.get_close_matches(name, known, n=1, cutoff=0.0)[0]
-        raise TypeError(f"Trainer has no argument {name!r}; the nearest is {nearest!r}")
-    for name, only in _UNSUPPORTED.items():
-        if given[name] != only:
-            raise MisconfigurationException(
-                f"Trainer({name}={given[name]!r}) is not supported by this version of trainyard"
-            )
+def _or(value: Any, default: Any) -> Any:
+    return default if value is None else value
 
 
-def _validates(model: LightningModule) -> bool:
-    from trainyard.core.module import LightningModule
+def _datamodule_of(loaders: Any, datamodule: Any) -> tuple[Any, Any]:
+    """A data module may be given in the place of the loaders (Lightning's rule)."""
+    from trainyard.core.datamodule import LightningDataModule
 
-    return type(model).validation_step is not LightningModule.validation_step
+    if isinstance(loaders, LightningDataModule):
+        if datamodule is not None:
+            raise MisconfigurationException("datamodule: two of them were given")
+        return None, loaders
+    if loaders is not None and datamodule is not None:
+        raise MisconfigurationException("dataloaders and a datamodule were given: leave one of them out")
+    return loaders, datamodule
 
 
-def _is_one(callbacks: Any) -> bool:
-    from trainyard.callbacks.base import Callback
+def _has_step(module: LightningModule, name: str) -> bool:
+    from trainyard.optimization.automatic import overrides
 
-    return isinstance(callbacks, Callback)
+    return overrides(module, name)
 
 
 def _torch_flags(deterministic: bool | str | None, benchmark: bool | None, detect_anomaly: bool) -> None:
     if deterministic:
         torch.use_deterministic_algorithms(True, warn_only=deterministic == "warn")
+        # https://docs.nvidia.com/cuda/cublas: results are reproducible with a workspace of fixed size.
+        import os
+
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
     if benchmark is not None:
         torch.backends.cudnn.benchmark = benchmark
     if detect_anomaly:
