@@ -213,7 +213,7 @@ class ModelSummary:
 
         model = self._model
         handles = [layer.module.register_forward_hook(layer._seen) for layer in self._listening()]
-        counter = FlopCounterMode(display=False)  # type: ignore[no-untyped-call]
+        counter = FlopCounterMode(display=False)
         try:
             with isolate_rng(), _as_it_was(model), torch.no_grad(), _forward_context(model), counter:
                 _call(model, _example(model))

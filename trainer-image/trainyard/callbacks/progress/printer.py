@@ -76,7 +76,7 @@ class ProgressPrinter(ProgressBar):
     # ---- evaluation
 
     def on_validation_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.sanity_checking or getattr(getattr(trainer, "state", None), "fn", "fit") != "fit":
+        if trainer.sanity_checking or trainer.state.fn != "fit":
             return  # `Trainer.validate` prints a table of its own
         values = {name: short(value) for name, value in sorted(trainer.validation_metrics.items())}
         self._line(f"epoch {trainer.current_epoch} step {trainer.global_step} validation", values)

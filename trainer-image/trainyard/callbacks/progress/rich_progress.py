@@ -123,7 +123,7 @@ class RichProgressBar(LiveBar):
     def _draw(self, stage: str, done: int, metrics: dict[str, Any] | None) -> None:
         if self.progress is None or stage not in self._tasks:
             return
-        fields = {} if metrics is None else {"metrics": self._text(metrics)}
+        fields: dict[str, Any] = {} if metrics is None else {"metrics": self._text(metrics)}
         self.progress.update(self._tasks[stage], completed=done, **fields)
         self.progress.refresh()
 

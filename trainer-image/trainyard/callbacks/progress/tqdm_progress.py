@@ -11,7 +11,7 @@ from trainyard.callbacks.progress.progress_bar import Batches, known, short
 from trainyard.utilities.optional import require
 
 if TYPE_CHECKING:
-    from tqdm import tqdm
+    from tqdm import tqdm  # type: ignore[import-untyped]
 
 
 class TQDMProgressBar(LiveBar):
@@ -88,8 +88,8 @@ class TQDMProgressBar(LiveBar):
             bar = self._bars[stage] = getattr(self, f"init_{stage}_tqdm")()
         bar.set_description_str(description, refresh=False)
         bar.initial = 0
-        bar.reset(known(total))  # type: ignore[arg-type] - None means unknown, but in a bar's first life also "as it was"
-        bar.total = known(total)
+        bar.reset(known(total))
+        bar.total = known(total)  # reset takes None for "as it was"
 
     def _place(self, stage: str, start: int) -> None:
         bar = self._bars[stage]
@@ -133,7 +133,7 @@ def tqdm_class() -> Any:
     """tqdm without its monitor: redraws are this library's decision, and a thread would trouble those who fork."""
     from tqdm import tqdm
 
-    class Tqdm(tqdm):  # type: ignore[type-arg]
+    class Tqdm(tqdm):  # type: ignore[misc]
         monitor_interval = 0
 
     return Tqdm
