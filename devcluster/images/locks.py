@@ -81,6 +81,11 @@ LOCKS: dict[str, Lock] = {
         agrees_with="torch",
     ),
     "examples": Lock("EXTRAS=examples", lambda project: _extra(project, "examples"), agrees_with="torch"),
+    "peers": Lock(
+        "the libraries that ours is measured against and exchanges checkpoints with",
+        lambda project: _group(project, "peers"),
+        agrees_with="dev",
+    ),
     "torchserve": Lock(
         "the server that the TorchServe example is tested with (devcluster/venvs.py)",
         lambda project: _group(project, "torchserve"),
