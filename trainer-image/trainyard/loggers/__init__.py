@@ -1,6 +1,51 @@
-"""Where logged numbers go."""
+"""Where logged numbers go. Each logger is imported when it is first named, its SDK when it is first used."""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from trainyard.loggers.base import Logger
-from trainyard.loggers.csv_logger import CSVLogger
 
-__all__ = ["CSVLogger", "Logger"]
+if TYPE_CHECKING:
+    from trainyard.loggers.comet import CometLogger
+    from trainyard.loggers.csv_logs import CSVLogger
+    from trainyard.loggers.dummy import DummyLogger
+    from trainyard.loggers.mlflow import MLFlowLogger
+    from trainyard.loggers.prometheus import PrometheusLogger
+    from trainyard.loggers.session import default_logger
+    from trainyard.loggers.tensorboard import TensorBoardLogger
+    from trainyard.loggers.wandb import WandbLogger
+
+_WHERE = {
+    "CSVLogger": "csv_logs",
+    "CometLogger": "comet",
+    "DummyLogger": "dummy",
+    "MLFlowLogger": "mlflow",
+    "PrometheusLogger": "prometheus",
+    "TensorBoardLogger": "tensorboard",
+    "WandbLogger": "wandb",
+    "default_logger": "session",
+}
+
+__all__ = [
+    "CSVLogger",
+    "CometLogger",
+    "DummyLogger",
+    "Logger",
+    "MLFlowLogger",
+    "PrometheusLogger",
+    "TensorBoardLogger",
+    "WandbLogger",
+    "default_logger",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -1,9 +1,8 @@
-"""The interface of a logger. Only rank 0 calls it, and a logger that fails is left out, not fatal."""
+"""The interface of a logger, and how it finds back to its run when training is resumed."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -11,7 +10,14 @@ if TYPE_CHECKING:
 
 
 class Logger:
-    """`lightning.pytorch.loggers.Logger`."""
+    """`lightning.pytorch.loggers.Logger`, and what a resume needs: `state_dict`, `load_state_dict`, `resume`.
+
+    Constructors contact nobody and start nothing; `experiment` is made on its first use, on rank 0. A method that
+    raises makes the trainer leave this logger out; it never stops training.
+    """
+
+    LOGGER_JOIN_CHAR = "-"
+    """Between `prefix` and the metric's name."""
 
     @property
     def name(self) -> str | None:
@@ -59,9 +65,22 @@ class Logger:
         """Write out what is held back."""
 
     def finalize(self, status: str) -> None:
-        """ "success" or "failed": nothing comes after, until the next fit."""
+        """The end of a fit, test...: "success", "failed" or "interrupted". Flushes; after a failure it also ends what
+        the vendor's SDK runs in the background, within seconds. The logger can be used again."""
 
+    def close(self) -> None:
+        """Ours: flush, and end threads, processes and servers. The next use opens the same run again."""
 
-def default_root(path: str | Path | None) -> str:
-    """`path`, or the working directory."""
-    return str(path if path is not None else Path.cwd())
+    # ---- resume
+
+    def state_dict(self) -> dict[str, Any]:
+        """Ours: which run this is (JSON), for checkpoints and for the other ranks. What is held back is written out,
+        so that a process that is killed after the checkpoint has lost nothing of what came before it."""
+        return {}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Ours: go on with that run, unless the constructor was told another one. Before the first use."""
+
+    def resume(self, step: int) -> None:
+        """Ours: training begins after `step` optimizer steps. What the run already has of steps >= `step` comes again
+        and is dropped, here or there."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +9,8 @@ from trainyard.callbacks.base import Callback
 from trainyard.callbacks.order import in_order
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers.base import Logger
+from trainyard.loggers.session import default_logger
+from trainyard.utilities.optional import has
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
@@ -18,13 +19,7 @@ if TYPE_CHECKING:
 def make_loggers(given: Any, root: Path) -> list[Logger]:
     """For Trainer(logger=...). True: TensorBoard where it is installed, else CSV files."""
     if given is None or given is True:
-        if importlib.util.find_spec("tensorboard") is not None:
-            from trainyard.loggers.tensorboard import TensorBoardLogger
-
-            return [TensorBoardLogger(str(root))]
-        from trainyard.loggers.csv_logger import CSVLogger
-
-        return [CSVLogger(root)]
+        return [default_logger(root)]
     if given is False:
         return []
     loggers = [given] if isinstance(given, Logger) else list(given)
@@ -76,7 +71,7 @@ def with_defaults(
 
 def default_summary() -> Callback:
     """A table by rich where it is installed."""
-    if importlib.util.find_spec("rich") is not None:
+    if has("rich"):
         from trainyard.callbacks.rich_model_summary import RichModelSummary
 
         return RichModelSummary()
