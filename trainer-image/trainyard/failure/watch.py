@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 import itertools
 import os
 import signal
 import threading
-from collections.abc import Iterator
 from contextlib import suppress
+from typing import Any
 
 from trainyard.failure import cause as causes
 from trainyard.failure import ending
@@ -25,6 +24,7 @@ _CAUSE_SECONDS = 0.5
 """How long a rank that meets a broken connection waits for the word of who broke it."""
 _JOIN_SECONDS = 5.0
 _numbers = itertools.count(1)
+_open: list[Watch] = []
 _MISMATCH = (
     "A collective did not complete in time. If no rank is dead or slow, the ranks did not call the same ones: "
     "self.log(..., sync_dist=True) with a name that only some ranks log, a collective inside `if is_global_zero`, "
@@ -33,13 +33,17 @@ _MISMATCH = (
 
 
 class Watch:
-    """One call of an entry point on one rank. `stop` is the loop's."""
+    """A context around one call of an entry point, on one rank: `open` it once the ranks are connected.
 
-    def __init__(self, *, rank: int, world: int, graceful: bool, board: Board | None = None) -> None:
-        self.rank, self.world = rank, world
-        self.stop = GracefulStop(world if board is not None else 1)
+    graceful: SIGTERM leads to the `stop` that `open` returns (a fit); else to a SIGTERMException wherever the main thread
+    is.
+    """
+
+    def __init__(self, *, graceful: bool) -> None:
+        self.rank = 0
+        self.stop = GracefulStop()
         self._graceful = graceful
-        self._board = board
+        self._board: Board | None = None
         self._closed = self._posted = False
         self._leaving = threading.Event()
         """The main thread knows that this is the end."""
@@ -48,22 +52,38 @@ class Watch:
         self._error: BaseException | None = None
         self._deadline, self._teardown = ending.Deadline(), ending.Deadline()
         self._thread: threading.Thread | None = None
-        self._handler = SigtermHandler(self._on_signal, None if board is None else lambda: self._heard(board))
+        self._handler: SigtermHandler | None = None
 
-    def open(self) -> None:
-        if self._board is not None:
-            self._thread = threading.Thread(
-                target=self._follow, args=(self._board,), name="watch", daemon=True
-            )
+    def __enter__(self) -> Watch:
+        return self
+
+    def __exit__(self, kind: Any, error: BaseException | None, trace: Any) -> None:
+        if error is not None:
+            self.failed(error)
+        self.close()
+
+    def open(self, rank: int, world: int, store: Any = None) -> GracefulStop:
+        """All ranks open the same number of them. `store`: where they met, if not the default process group's."""
+        self.rank = rank
+        if world > 1 and (store := store or find_store()) is not None:
+            attempt = f"{os.environ.get(Env.ATTEMPT, '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
+            self._board = board = Board(store, f"trainyard/watch/{attempt}/{next(_numbers)}", rank, world)
+            self.stop = GracefulStop(world)
+            self._thread = threading.Thread(target=self._follow, args=(board,), name="watch", daemon=True)
             self._thread.start()
+            self._handler = SigtermHandler(self._on_signal, lambda: self._heard(board))
+        else:
+            self._handler = SigtermHandler(self._on_signal)
         self._handler.install()
+        _open.append(self)
+        return self.stop
 
     def failed(self, error: BaseException) -> None:
         """First thing when an exception has come out: tells the others, and bounds the time that is left.
 
-        Before anything that could hang. Calling it again with the same exception does nothing.
+        Before anything that could hang. What comes out after the first exception is no news.
         """
-        if error is self._error:
+        if self._error is not None:
             return
         self._error = error
         self._leaving.set()
@@ -87,14 +107,18 @@ class Watch:
         """Whatever happened. A SIGTERM that came too late to be acted on is sent again, to whom it concerns now."""
         self._closed = True
         self._leaving.set()
+        if self in _open:
+            _open.remove(self)
         if self._board is not None:
             self._leave_board(self._board)
-        self._handler.restore()
+        received = self._handler is not None and self._handler.received
+        if self._handler is not None:
+            self._handler.restore()
         self._teardown.cancel()
         self._deadline.cancel()
         if self.stop.acted:
             ending.bound_interpreter_exit(ending.grace_seconds() / 2, SIGTERM_CODE)
-        elif self._handler.received and self._graceful and self._error is None:
+        elif received and self._graceful and self._error is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def _leave_board(self, board: Board) -> None:
@@ -199,22 +223,16 @@ class Watch:
             return own
 
 
-@contextlib.contextmanager
-def watch(*, rank: int, world: int, graceful: bool) -> Iterator[Watch]:
-    """Around an entry point's work, once the ranks are connected. All ranks enter it the same number of times.
+def child_failed(cause: Cause | None) -> bool:
+    """Word of a launcher whose child failed, on its behalf. True if somebody listens.
 
-    graceful: SIGTERM leads to `stop` (a fit); else to a SIGTERMException wherever the main thread is.
+    None: it was ended by SIGTERM; true if all ranks have agreed on that.
     """
-    board = None
-    if world > 1 and (store := find_store()) is not None:
-        attempt = f"{os.environ.get(Env.ATTEMPT, '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
-        board = Board(store, f"trainyard/watch/{attempt}/{next(_numbers)}", rank, world)
-    watcher = Watch(rank=rank, world=world, graceful=graceful, board=board)
-    watcher.open()
-    try:
-        yield watcher
-    except BaseException as error:
-        watcher.failed(error)
-        raise
-    finally:
-        watcher.close()
+    for watcher in _open:
+        if cause is None:
+            return watcher.stop.acted
+        if watcher._board is not None:
+            with suppress(RuntimeError):
+                watcher._board.fail(cause)
+                return True
+    return False
