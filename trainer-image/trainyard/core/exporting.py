@@ -14,6 +14,8 @@ class ExportMethods:
 
     __jit_unused_properties__: ClassVar[list[str]] = []
     """torch.jit.script does not compile these: all properties of the library's own, most of which ask for a trainer."""
+    __jit_ignored_attributes__: ClassVar[list[str]] = []
+    """Nor does it look into the trainer. Subclasses add to both lists."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -25,6 +27,7 @@ class ExportMethods:
             if isinstance(value, property)
         }
         cls.__jit_unused_properties__ = sorted(ours | set(cls.__jit_unused_properties__))
+        cls.__jit_ignored_attributes__ = sorted({"_trainer", *cls.__jit_ignored_attributes__})
 
     def to_onnx(
         self,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import linecache
+import sys
 import traceback
 from typing import Any
 
@@ -39,8 +40,8 @@ def _gist(error: BaseException) -> str:
 
 
 def _users_line(error: BaseException) -> str:
-    """The innermost frame that is neither torch's nor ours."""
-    libraries = ("torch", "trainyard")
+    """The innermost frame that is neither torch's nor ours nor Python's."""
+    libraries = {"torch", "trainyard", *sys.stdlib_module_names} - {"__main__"}
     found = ""
     for frame, line in traceback.walk_tb(error.__traceback__):
         if str(frame.f_globals.get("__name__", "")).partition(".")[0] not in libraries:

@@ -64,6 +64,8 @@ def _write(
 ) -> ONNXProgram | None:
     if not kwargs.get("dynamo", True):
         kwargs["f"] = file
+    if args and isinstance(args[-1], dict):
+        args = (*args, {})  # torch takes a last argument that is a dict for the named ones
     try:
         program = torch.onnx.export(module, args, kwargs=named or None, **kwargs)
     except Exception as error:
@@ -146,6 +148,7 @@ def _quiet(verbose: bool | None) -> Iterator[None]:
     try:
         with contextlib.redirect_stdout(io.StringIO()), warnings.catch_warnings():
             warnings.filterwarnings("ignore", message=r".*torch\.jit", category=FutureWarning)
+            warnings.filterwarnings("ignore", message=r".*axis name.*shares the same shape constraints")
             yield
     finally:
         registration.setLevel(level)

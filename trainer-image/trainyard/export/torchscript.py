@@ -59,7 +59,7 @@ def to_torchscript(
 
 def _script(module: LightningModule, kwargs: dict[str, Any]) -> torch.jit.ScriptModule:
     try:
-        with _any_trainer(module, also_attached=True):
+        with _without_trainer(module, also_attached=True):
             return torch.jit.script(module, **kwargs)  # type: ignore[no-any-return]
     except Exception as error:
         raise untraceable(module, "TorchScript", error, _SCRIPT_ADVICE) from error
@@ -70,26 +70,23 @@ def _trace(module: LightningModule, example: Any, kwargs: dict[str, Any]) -> tor
     try:
         # Not both: torch refuses, and records by keyword only if there are no positional arguments.
         inputs = {"example_kwarg_inputs": named} if named else {"example_inputs": args}
-        with _any_trainer(module, also_attached=False):
+        with _without_trainer(module, also_attached=False):
             return torch.jit.trace(module, **inputs, **kwargs)  # type: ignore[no-any-return, no-untyped-call]
     except Exception as error:
         raise untraceable(module, "TorchScript", error, _TRACE_ADVICE) from error
 
 
-class _AnyTrainer:
-    """Has every attribute, and it is None."""
-
-    def __getattr__(self, name: str) -> None:
-        return None
+class _NoTrainer:
+    """Where a property asks it for anything it gets an AttributeError, which is what torch.jit puts up with."""
 
 
 @contextlib.contextmanager
-def _any_trainer(module: torch.nn.Module, *, also_attached: bool) -> Iterator[None]:
+def _without_trainer(module: torch.nn.Module, *, also_attached: bool) -> Iterator[None]:
     """torch.jit reads every property, also those that it then leaves out, and these raise without a trainer."""
     held = [(each, each.__dict__["_trainer"]) for each in module.modules() if "_trainer" in each.__dict__]
     for each, trainer in held:
         if trainer is None or also_attached:
-            each.__dict__["_trainer"] = _AnyTrainer()
+            each.__dict__["_trainer"] = _NoTrainer()
     try:
         yield
     finally:
