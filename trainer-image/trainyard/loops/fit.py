@@ -104,8 +104,8 @@ class FitLoop:
 
     def close_epoch(self, complete: bool) -> None:
         trainer, state = self.trainer, self.state
-        stop = trainer.should_stop
-        if trainer.val_feeds and self.schedule.validates_at_end(state, complete=complete, should_stop=stop):
+        due = self.schedule.validates_at_end(state, complete=complete, should_stop=trainer.should_stop)
+        if trainer.val_feeds and due and not state.validated:
             self.validate()
         where = {"step": max(0, state.stepped - 1), "epoch": state.epoch}
         self.metrics.flush_epoch(self.metrics.train, **where)
@@ -133,7 +133,7 @@ class FitLoop:
             return True
         stepped = state.stepped
         self.optimization.run(plan, batch, index)
-        state.samples, state.batches = plan.end, index + 1
+        state.samples, state.batches, state.validated = plan.end, index + 1, False
         state.total_batches += 1
         if plan.steps:
             step_schedulers(trainer, "step", plateau=False)
@@ -180,12 +180,12 @@ class FitLoop:
     def validate(self) -> None:
         """Left in the middle when all ranks are on their way out: then it is done anew after the resume."""
         trainer, state = self.trainer, self.state
-        state.validates = False
+        state.validates, state.validated = False, True
         trainer.state.stage = RunningStage.VALIDATING
         complete = self.validation.run(trainer.val_feeds)
         trainer.state.stage = RunningStage.TRAINING
         if not complete:
-            state.validates = True
+            state.validates, state.validated = True, False
             self.leave()
 
     # ---- saves

@@ -29,6 +29,8 @@ class LoopState:
     """Batches since the start of the run after which an optimizer stepped: what the loggers count by."""
     validates: bool = False
     """A validation is due before the next batch: it was abandoned for a save on the way out."""
+    validated: bool = False
+    """The validation that falls on this position has been: a file that it saved does not have it done twice."""
 
     @property
     def cursor(self) -> Cursor:
@@ -41,6 +43,7 @@ class LoopState:
     def next_epoch(self) -> None:
         self.epoch += 1
         self.samples = self.batches = 0
+        self.validated = False
 
     def state_dict(self) -> dict[str, Any]:
         return asdict(self)
@@ -48,5 +51,6 @@ class LoopState:
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LoopState:
         known = {k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__}
-        known["validates"] = bool(known.get("validates", False))
+        for flag in ("validates", "validated"):
+            known[flag] = bool(known.get(flag, False))
         return cls(**known)

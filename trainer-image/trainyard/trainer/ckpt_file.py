@@ -218,7 +218,7 @@ def _unsafe_types(source: Path | IO[bytes]) -> list[str]:
     with contextlib.suppress(Exception):  # it only reads zip files, and only makes the message better
         if not isinstance(source, Path):
             source.seek(0)
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))  # type: ignore[arg-type]
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(source))
     return []
 
 

@@ -33,6 +33,7 @@ from trainyard.plugins.precision import make_precision
 from trainyard.reproducibility import global_seed
 from trainyard.strategies import make_strategy
 from trainyard.trainer import arguments, defaults
+from trainyard.trainer.ckpt_access import CheckpointFiles
 from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
 from trainyard.trainer.progress import Progress, agent_client
@@ -62,7 +63,7 @@ def _arguments(init: Callable[..., None]) -> Callable[..., None]:
     return wrapped
 
 
-class Trainer(TrainerFacade):
+class Trainer(CheckpointFiles, TrainerFacade):
     """`lightning.pytorch.Trainer`: the same arguments with the same defaults, and `checkpoint`.
 
     World size and ranks are torchrun's. With `checkpoint`, or inside a TrainingRun, `fit` resumes by itself and returns
@@ -153,7 +154,6 @@ class Trainer(TrainerFacade):
         self.batch_plan: Any = None
         """`data.sampler.Batch` of the batch that is trained on now."""
         self.is_last_batch = False
-        self.ckpt_path: str | Path | None = None
         self.fit_loop: FitLoop | None = None
         self.predict_loop: PredictionLoop | None = None
         self._module: LightningModule | None = None
@@ -169,6 +169,7 @@ class Trainer(TrainerFacade):
         """Train. A failure that concerns checkpoints ends the process with one line and contract.ExitCode's code."""
         train_dataloaders, datamodule = _datamodule_of(train_dataloaders, datamodule)
         self.should_stop = False
+        self.ask_for_checkpoint(ckpt_path, weights_only, model_given=True)
         self._enter(
             TrainerFn.FITTING,
             model,
@@ -182,6 +183,7 @@ class Trainer(TrainerFacade):
         verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One epoch of validation; by loader: what was logged."""
+        self.ask_for_checkpoint(ckpt_path, weights_only, model_given=model is not None)
         return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, verbose, datamodule)
 
     def test(  # noqa: PLR0917 - Lightning's signature
@@ -189,6 +191,7 @@ class Trainer(TrainerFacade):
         verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
     ) -> list[dict[str, float]]:  # fmt: skip
         """One epoch of test; by loader: what was logged."""
+        self.ask_for_checkpoint(ckpt_path, weights_only, model_given=model is not None)
         return self._evaluate(TrainerFn.TESTING, model, dataloaders, verbose, datamodule)
 
     def predict(  # noqa: PLR0917 - Lightning's signature
@@ -198,6 +201,7 @@ class Trainer(TrainerFacade):
     ) -> list[Any] | list[list[Any]] | None:  # fmt: skip
         """What predict_step returned for this rank's batches: a list, or a list by loader if there are several."""
         dataloaders, datamodule = _datamodule_of(dataloaders, datamodule)
+        self.ask_for_checkpoint(ckpt_path, weights_only, model_given=model is not None)
 
         def work() -> Any:
             self._start(loading=True)
@@ -305,6 +309,8 @@ class Trainer(TrainerFacade):
             module.configure_model()
         if loading:
             self.strategy.setup(module, training=False)
+            if (source := self.open_checkpoint()) is not None:
+                restore_module(self, source, position=False)
 
     def _end(self) -> None:
         module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
@@ -322,7 +328,7 @@ class Trainer(TrainerFacade):
         self._start()
         self.progress = Progress(agent_client())
         self.loop_state = LoopState(seed=self.strategy.peers.broadcast(global_seed()))
-        loaded = self._resume()
+        loaded = self._resume() or self.open_checkpoint()
         self.strategy.setup(module, training=True)
         if loaded is not None:
             restore_module(self, loaded)
