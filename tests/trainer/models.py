@@ -51,7 +51,7 @@ def trainer(**kwargs: Any) -> L.Trainer:
             "logger": False,
             "enable_progress_bar": False,
             "enable_model_summary": False,
-            "enable_checkpointing": False,
+            "enable_checkpointing": "checkpoint" in kwargs,
             "max_epochs": 1,
             "accelerator": "cpu",
         }

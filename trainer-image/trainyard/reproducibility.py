@@ -7,6 +7,7 @@ import hashlib
 import os
 import random
 from collections.abc import Iterator
+from types import TracebackType
 from typing import Any
 
 SEED_ENV = "PL_GLOBAL_SEED"
@@ -52,16 +53,27 @@ def derived_seed(*parts: object) -> int:
 
 def reseed(seed: int) -> None:
     """Seed all generators of this process, without the traces that seed_everything leaves in the environment."""
+    import torch
+
+    reseed_cpu(seed)
+    torch.manual_seed(seed)
+
+
+def reseed_cpu(seed: int) -> None:
+    """As `reseed`, but of torch's generators that of the CPU alone: a few microseconds, and no device is touched."""
     import numpy as np
     import torch
 
     random.seed(seed)
     np.random.seed(seed % 2**32)
-    torch.manual_seed(seed)
+    torch.default_generator.manual_seed(seed)
 
 
 def rng_state() -> dict[str, Any]:
-    """The state of python's, numpy's and torch's generators (CPU, and this process's CUDA device if it has one)."""
+    """The state of python's, numpy's and torch's generators: the CPU's, and those of all devices of this process.
+
+    Tensors and primitives only. A device type that has not been used yet has no state that anybody could miss.
+    """
     import numpy as np
     import torch
 
@@ -78,13 +90,13 @@ def rng_state() -> dict[str, Any]:
         ],
         "torch": torch.get_rng_state(),
     }
-    if torch.cuda.is_available() and torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
-        state["cuda"] = torch.cuda.get_rng_state()
+    for kind, device in _devices():
+        state[kind] = [device.get_rng_state()] if kind == "mps" else device.get_rng_state_all()
     return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:
-    """The inverse of `rng_state`."""
+    """The inverse of `rng_state`. States of devices that are not here are left out."""
     import numpy as np
     import torch
 
@@ -93,15 +105,73 @@ def set_rng_state(state: dict[str, Any]) -> None:
     kind, keys, position, has_gauss, cached = state["numpy"]
     np.random.set_state((kind, keys.numpy().astype(np.uint32), position, has_gauss, cached))
     torch.set_rng_state(state["torch"])
-    if "cuda" in state and torch.cuda.is_available():
-        torch.cuda.set_rng_state(state["cuda"])
+    for kind, device in _devices(unused=True):
+        if kind == "mps" and kind in state:
+            device.set_rng_state(state[kind][0])
+        elif kind in state:
+            for index, one in enumerate(state[kind][: device.device_count()]):
+                device.set_rng_state(one, index)
+
+
+def _devices(*, unused: bool = False) -> Iterator[tuple[str, Any]]:
+    """The device modules (torch.cuda, torch.xpu, torch.mps) that are here; `unused`: also before their first use."""
+    import torch
+
+    for kind in ("cuda", "xpu", "mps"):
+        device = getattr(torch, kind, None)
+        available = getattr(torch.backends.mps if kind == "mps" else device, "is_available", lambda: False)
+        if device is None or not available():
+            continue
+        if unused or getattr(device, "is_initialized", lambda: True)():
+            yield kind, device
 
 
 @contextlib.contextmanager
-def isolate_rng() -> Iterator[None]:
-    """What happens inside draws from the generators, and leaves them as they were."""
+def isolate_rng(include_cuda: bool = True) -> Iterator[None]:
+    """What happens inside draws from the generators, and leaves them as they were.
+
+    `include_cuda`: those of devices too (Lightning's name for it).
+    """
     state = rng_state()
     try:
         yield
     finally:
-        set_rng_state(state)
+        set_rng_state(state if include_cuda else {k: state[k] for k in ("python", "numpy", "torch")})
+
+
+class OwnDraws:
+    """`with draws:` what happens inside draws from generators of its own, and the next time goes on where they were.
+
+    Of python's, numpy's and torch's CPU generators. It takes 20 us to enter and leave, where `isolate_rng` takes 300:
+    numpy's generator is swapped, not copied (a half-used pair of its `randn` is lost by that).
+    """
+
+    def __init__(self, seed: int) -> None:
+        import numpy as np
+        import torch
+
+        self._python: Any = random.Random(seed).getstate()  # noqa: S311 - not for secrets
+        self._numpy: Any = np.random.MT19937(seed)
+        self._torch = torch.Generator().manual_seed(seed).get_state()
+        self._outer: Any = None
+
+    def __enter__(self) -> None:
+        import torch
+        from numpy.random import mtrand
+
+        self._outer = random.getstate(), mtrand.get_bit_generator(), torch.get_rng_state()
+        random.setstate(self._python)
+        mtrand.set_bit_generator(self._numpy)
+        torch.default_generator.set_state(self._torch)
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        import torch
+        from numpy.random import mtrand
+
+        self._python, self._torch = random.getstate(), torch.get_rng_state()
+        python, bits, state = self._outer
+        random.setstate(python)
+        mtrand.set_bit_generator(bits)
+        torch.default_generator.set_state(state)

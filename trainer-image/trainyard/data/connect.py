@@ -5,8 +5,10 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainyard.core.hooks import DataHooks
-from trainyard.data.loader import Feed, make_feed
+from trainyard.data.feed import Feed
+from trainyard.data.make import make_feed
 from trainyard.errors import MisconfigurationException
+from trainyard.utilities.combined_loader import CombinedLoader, flatten
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
@@ -40,7 +42,8 @@ def train_feed(trainer: Trainer, given: Any) -> Feed:
                 "no training data: give fit a DataLoader, or define train_dataloader"
             )
         given = hook()
-    feed = _feed(trainer, given, trainer.limit_train_batches, "train", trainer.accumulate_grad_batches)
+    feed = _feed(trainer, given, "train")
+    feed.accumulate = trainer.accumulate_grad_batches
     if feed.batches == 0:
         raise MisconfigurationException(
             "the training data has no batch; check its length, drop_last and limit_train_batches"
@@ -49,9 +52,11 @@ def train_feed(trainer: Trainer, given: Any) -> Feed:
 
 
 def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
-    """For `stage` "val", "test" or "predict"; empty if there is no loader, or its limit is 0. Each sample exactly once."""
-    limit = getattr(trainer, f"limit_{stage}_batches")
-    if limit == 0:
+    """For `stage` "val", "test" or "predict"; empty if there is no loader, or its limit is 0. Each sample exactly once.
+
+    A collection is gone through loader by loader; a CombinedLoader of another mode than "sequential" is one feed.
+    """
+    if _limit(trainer, stage) == 0:
         return []
     name = f"{stage}_dataloader"
     if given is None:
@@ -59,12 +64,39 @@ def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
         if getattr(hook, "__func__", None) is getattr(DataHooks, name):
             return []
         given = hook()
-    loaders = list(given) if isinstance(given, list | tuple) else [] if given is None else [given]
-    return [_feed(trainer, loader, limit, stage) for loader in loaders]
+    if isinstance(given, CombinedLoader):
+        loaders = given.flattened if given.mode == "sequential" else [given]
+    else:
+        loaders = [] if given is None else flatten(given)
+    return [_feed(trainer, loader, stage) for loader in loaders]
 
 
-def _feed(trainer: Trainer, loader: Any, limit: int | float | None, what: str, accumulate: int = 1) -> Feed:
-    return make_feed(
-        loader, rank=trainer.global_rank, world=trainer.world_size, seed=trainer.loop_state.seed,
-        accumulate=accumulate, limit=limit, resample=trainer.use_distributed_sampler, what=what,
+def _feed(trainer: Trainer, loader: Any, stage: str) -> Feed:
+    limit = _limit(trainer, stage)
+    feed = make_feed(
+        loader, rank=trainer.global_rank, world=trainer.world_size, seed=trainer.loop_state.seed, limit=limit,
+        resample=trainer.use_distributed_sampler, what=stage, in_order=stage == "train" and _overfits(trainer),
     )  # fmt: skip
+    if feed.batches == 0 and isinstance(limit, float) and limit > 0:
+        raise MisconfigurationException(
+            f"limit_{stage}_batches={limit} of this loader is less than one batch; give a larger fraction, or a number"
+        )
+    return feed
+
+
+def _limit(trainer: Trainer, stage: str) -> int | float | None:
+    """Raises MisconfigurationException for what is neither a number of batches nor a fraction."""
+    overfits = _overfits(trainer) and stage in ("train", "val")
+    name = "overfit_batches" if overfits else f"limit_{stage}_batches"
+    limit: int | float | None = getattr(trainer, name, None)
+    if isinstance(limit, bool) and limit:  # fast_dev_run=True is one batch
+        limit = 1
+    if limit is not None and (limit < 0 or (isinstance(limit, float) and limit > 1)):
+        raise MisconfigurationException(
+            f"{name}: {limit} is neither a number of batches (int) nor a fraction of them (float from 0.0 to 1.0)"
+        )
+    return limit
+
+
+def _overfits(trainer: Trainer) -> bool:
+    return bool(getattr(trainer, "overfit_batches", 0))

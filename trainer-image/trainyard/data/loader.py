@@ -1,220 +1,253 @@
-"""From a user's DataLoader to batches at any position of any epoch."""
+"""From a user's DataLoader over a map-style dataset to batches at any position of any epoch."""
 
 from __future__ import annotations
 
-import os
-import signal
-from collections.abc import Callable, Iterator
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, Protocol
+import dataclasses
+from collections import deque
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
 
-from trainyard.data.sampler import Batch, EpochPlan, permutation
+from trainyard.data.feed import Feed
+from trainyard.data.memory import Memory, pack, unpack
+from trainyard.data.once import warn_once
+from trainyard.data.order import Cursor, Drawn, Order, set_epoch
+from trainyard.data.sampler import Batch, EpochPlan, shifted
+from trainyard.data.workers import Keyed, SeededDataset, WorkerInit, is_plain, remake
 from trainyard.errors import MisconfigurationException
-from trainyard.reproducibility import SEED_ENV, WORKERS_ENV, derived_seed, reseed
+from trainyard.reproducibility import derived_seed
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
 
-
-class Feed(Protocol):
-    """What the loops iterate over."""
-
-    @property
-    def batches(self) -> int | None:
-        """Per epoch, for this rank and world; None if unknown."""
-        ...
-
-    def batches_from(self, used: int) -> int | None: ...
-
-    def iterate(self, epoch: int, used: int) -> Iterator[tuple[Batch, Any]]:
-        """The epoch after its first `used` samples. The iterator holds no state that anybody must save."""
-        ...
-
-
-class _Indices(list[int]):
-    """The indices of one batch, with the seed of its random transforms. A list, because DataLoader passes it on."""
-
-    seed: int = 0
-
-
-class _SeededDataset:
-    """In a DataLoader worker: what random transforms do to a batch depends on (seed, epoch, position) alone, not on
-    what the worker did before. So a resumed run gets the very same batches, with any number of workers."""
-
-    def __init__(self, dataset: Any) -> None:
-        self.dataset = dataset
-
-    def __len__(self) -> int:
-        return len(self.dataset)
-
-    def __getitems__(self, indices: _Indices) -> list[Any]:
-        reseed(indices.seed)
-        if callable(fetch := getattr(self.dataset, "__getitems__", None)):
-            return fetch(indices)  # type: ignore[no-any-return]
-        return [self.dataset[i] for i in indices]
-
-
-@dataclass(frozen=True, slots=True)
-class _WorkerInit:
-    """First thing in each DataLoader worker."""
-
-    then: Callable[[int], None] | None
-    rank: int
-
-    def __call__(self, worker: int) -> None:
-        # The process that owns the workers decides about their end. A signal to the whole group must not take the
-        # batches away that are needed for the last steps before a save.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        if os.environ.get(WORKERS_ENV) == "1":
-            reseed(derived_seed("worker", os.environ.get(SEED_ENV, "0"), self.rank, worker))
-        if self.then is not None:
-            self.then(worker)
-
-
-class _Position:
-    """Batch sampler of the DataLoader: where the next iterator begins is set right before it is made."""
-
-    def __init__(self, plan: EpochPlan, rank: int, seed: int, *, shuffle: bool) -> None:
-        self.plan, self.rank, self.seed, self.shuffle = plan, rank, seed, shuffle
-        self.epoch = self.used = 0
-
-    def __len__(self) -> int:
-        return self.plan.batches_from(self.used)
-
-    def __iter__(self) -> Iterator[_Indices]:
-        epoch = self.epoch
-        order = permutation(self.seed, epoch, self.plan.samples, shuffle=self.shuffle)
-        for batch in self.plan.iterate(self.rank, self.used):
-            positions = batch.positions
-            indices = _Indices(order[positions.start : positions.stop].tolist())
-            indices.seed = derived_seed("batch", self.seed, epoch, positions.start)
-            yield indices
+__all__ = ["Feed", "SampledFeed"]
 
 
 class SampledFeed:
-    """A DataLoader over a map-style dataset, re-made with our sampling."""
+    """Each item of an epoch's order exactly once over all ranks, from any position, at any world size.
 
-    def __init__(
-        self, loader: DataLoader[Any], plan: EpochPlan, *, rank: int, seed: int, shuffle: bool
-    ) -> None:
-        import torch
-        from torch.utils.data import DataLoader
-
-        self._position = _Position(plan, rank, seed, shuffle=shuffle)
-        # A generator of its own: making an iterator draws from it, and must not move the global one.
-        self._generator = torch.Generator()
-        self._loader = DataLoader(
-            _SeededDataset(loader.dataset) if loader.num_workers else loader.dataset,  # type: ignore[arg-type]
-            batch_sampler=self._position,
-            num_workers=loader.num_workers,
-            collate_fn=loader.collate_fn,
-            pin_memory=loader.pin_memory,
-            timeout=loader.timeout,
-            worker_init_fn=_WorkerInit(loader.worker_init_fn, rank) if loader.num_workers else None,
-            multiprocessing_context=loader.multiprocessing_context,
-            generator=self._generator,
-            prefetch_factor=loader.prefetch_factor,
-            persistent_workers=loader.persistent_workers,
-        )
-
-    @property
-    def plan(self) -> EpochPlan:
-        return self._position.plan
-
-    @property
-    def seed(self) -> int:
-        return self._position.seed
-
-    @seed.setter
-    def seed(self, seed: int) -> None:
-        self._position.seed = seed
-
-    @property
-    def batches(self) -> int:
-        return self.plan.batches_from(0)
-
-    def batches_from(self, used: int) -> int:
-        return self.plan.batches_from(used)
-
-    def iterate(self, epoch: int, used: int) -> Iterator[tuple[Batch, Any]]:
-        position = self._position
-        position.epoch, position.used = epoch, used
-        self._generator.manual_seed(derived_seed("loader", position.seed, epoch, used))
-        yield from zip(self.plan.iterate(position.rank, used), self._loader, strict=True)
-
-
-class PlainFeed:
-    """A loader that is used as it is: an iterable dataset, a sampler of the user's, or anything that can be iterated.
-
-    Its position is a number of batches. On a resume the batches before it are read again and thrown away; that is
-    exact only if the loader itself gives the same batches each time.
+    An item is a sample; with a batch sampler of the user's, or with batch_size=None, a batch (`whole`). A sampler that
+    divides itself among the ranks (`apart`) is followed by each rank on its own.
     """
 
-    def __init__(self, loader: Any, *, limit: int | float | None, accumulate: int) -> None:
-        self._loader, self._accumulate = loader, accumulate
-        length: int | None
-        try:
-            length = len(loader)
-        except TypeError:
-            length = None
-        if isinstance(limit, int):
-            length = limit if length is None else min(limit, length)
-        elif limit is not None:
-            if length is None:
-                raise MisconfigurationException(
-                    "a fraction of a loader without a length: limit it by a number of batches"
-                )
-            length = int(length * limit)
-        self.batches = length
+    def __init__(
+        self, loader: DataLoader[Any], plan: EpochPlan, order: Order, *, rank: int, world: int, seed: int,
+        whole: bool = False,
+    ) -> None:  # fmt: skip
+        self.given, self.plan, self.order, self.seed = loader, plan, order, seed
+        self._rank = rank if plan.world == world else 0
+        self._scale = world // plan.world
+        """Of positions: a rank that is on its own speaks for all of them."""
+        self._whole = whole
+        self._dataset, self._collate = loader.dataset, loader.collate_fn
+        self._collates = loader.batch_sampler is not None
+        self._given: deque[tuple[Batch, list[Any], int]] = deque()
+        self._loader: DataLoader[Any] | None = None
+        if loader.num_workers or loader.pin_memory or not is_plain(loader):
+            self._loader = self._remade(loader, rank)
+        self._next: Iterator[Any] = iter(())
+        self._items: list[Any] = []
+        self._digest = 0
+        self._data_memory = Memory(loader.dataset)
+        self._begun: dict[str, Any] | None = None
+        self._loaded: dict[str, Any] | None = None
+        self._epoch = -1
+
+    def _remade(self, loader: DataLoader[Any], rank: int) -> DataLoader[Any]:
+        import torch
+
+        # A generator of its own: making an iterator draws from it, and must not move the global one.
+        changes: dict[str, Any] = {"generator": torch.Generator()}
+        changes["batch_sampler" if self._collates else "sampler"] = _Asked(self)
+        if loader.num_workers:
+            changes["dataset"] = SeededDataset(loader.dataset)
+            changes["worker_init_fn"] = WorkerInit(loader.worker_init_fn, rank)
+            if not loader.in_order:
+                warn_once("DataLoader(in_order=False) is ignored: the order must be known to go on from it")
+        return remake(loader, **changes)
+
+    # ---- how much
+
+    @property
+    def accumulate(self) -> int:
+        return self.plan.accumulate
+
+    @accumulate.setter
+    def accumulate(self, batches: int) -> None:
+        self.plan = dataclasses.replace(self.plan, accumulate=batches)
+
+    @property
+    def batches(self) -> int | None:
+        return self.batches_from(0)
 
     def batches_from(self, used: int) -> int | None:
-        return None if self.batches is None else max(0, self.batches - used)
+        if self.order.samples is not None:
+            return self.plan.batches_from(used // self._scale)
+        if self.plan.limit is None:
+            return None
+        return max(0, int(self.plan.limit) - used // self._scale // self.plan.global_batch)
+
+    def position(self, batches: int) -> int:
+        most = batches if self.order.samples is None else self.plan.usable
+        return self._scale * min(batches * self.plan.global_batch, most)
+
+    # ---- batches
 
     def iterate(self, epoch: int, used: int) -> Iterator[tuple[Batch, Any]]:
-        from fractions import Fraction
-
-        if callable(set_epoch := getattr(getattr(self._loader, "sampler", None), "set_epoch", None)):
-            set_epoch(epoch)
-        iterator = iter(self._loader)
-        upcoming, number = next(iterator, None), 0
-        while upcoming is not None and (self.batches is None or number < self.batches):
-            data, upcoming = upcoming, next(iterator, None)
-            last = upcoming is None or number + 1 == self.batches
-            if number >= used:
-                yield Batch(
-                    start=number, size=1, low=number, high=number + 1, last=last,
-                    steps=last or (number + 1) % self._accumulate == 0, weight=Fraction(1, self._accumulate),
-                ), data  # fmt: skip
-            number += 1
-
-
-def make_feed(
-    loader: Any, *, rank: int, world: int, seed: int, accumulate: int = 1, limit: int | float | None = None,
-    resample: bool = True, what: str = "train",
-) -> Feed:  # fmt: skip
-    """The feed for what a `*_dataloader` hook returned. Raises MisconfigurationException."""
-    from torch.utils.data import DataLoader, IterableDataset, RandomSampler, SequentialSampler
-    from torch.utils.data.sampler import BatchSampler
-
-    plain = not isinstance(loader, DataLoader) or isinstance(loader.dataset, IterableDataset) or not resample
-    if plain:
-        return PlainFeed(loader, limit=limit, accumulate=accumulate)
-    ours = (
-        type(loader.sampler) in (RandomSampler, SequentialSampler)
-        and type(loader.batch_sampler) is BatchSampler
-    )
-    ours = ours and not getattr(loader.sampler, "replacement", False)
-    if not ours or loader.batch_size is None:
-        if world == 1:
-            return PlainFeed(loader, limit=limit, accumulate=accumulate)
-        raise MisconfigurationException(
-            f"the {what} DataLoader has a sampler of its own ({type(loader.sampler).__name__}), which cannot be divided "
-            f"among {world} ranks; leave it out, or divide it yourself and say Trainer(use_distributed_sampler=False)"
+        proof = self._restore(epoch)
+        if used % self._scale:
+            warn_once(_APART)
+        own = used // self._scale
+        set_epoch(self._dataset, epoch)
+        cursor = self.order.open(self.seed, epoch, own)
+        if own and proof not in (None, cursor.digest):
+            warn_once(_OTHER_ORDER.format(type(getattr(self.order, "sampler", None)).__name__))
+        self._epoch, self._digest = epoch, cursor.digest
+        batches = self._batches(cursor, own)
+        read = (
+            self._read(cursor, batches)
+            if self._loader is None
+            else self._load(self._loader, cursor, batches, epoch, used)
         )
-    plan = EpochPlan(
-        samples=len(loader.dataset), batch_size=loader.batch_size, world=world, accumulate=accumulate,
-        drop_last=loader.drop_last, limit=limit,
-    )  # fmt: skip
-    shuffle = isinstance(loader.sampler, RandomSampler)
-    return SampledFeed(loader, plan, rank=rank, seed=seed, shuffle=shuffle)
+        return read if self._scale == 1 else self._scaled(read)
+
+    def _batches(self, cursor: Cursor, used: int) -> Iterator[Batch]:
+        plan = self.plan
+        if self.order.samples is not None:
+            yield from plan.iterate(self._rank, used)
+            return
+        # The length shows only at the end: a look at the indices behind the window tells whether it is the last one.
+        end = None if plan.limit is None else int(plan.limit) * plan.global_batch
+        beyond = plan.global_batch if plan.drop_last else 1
+        while end is None or used < end:
+            room = plan.global_batch * plan.accumulate
+            room = room if end is None else min(room, end - used)
+            found = cursor.ahead(room + beyond)
+            size = min(found, room)
+            size -= size % plan.global_batch if plan.drop_last else 0
+            if not size:
+                return
+            ends = found < room + beyond or used + size == end
+            yield from shifted(plan.window(self._rank, size), used, ends=ends)
+            used += size
+            if ends:
+                return
+
+    def _read(self, cursor: Cursor, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Any]]:
+        """In this process: what DataLoader does without workers, without its 10 us a batch."""
+        dataset, collate, whole, take = self._dataset, self._collate, self._whole, cursor.take
+        fetch: Any = getattr(dataset, "__getitems__", None) if self._collates else dataset.__getitem__
+        for batch in batches:
+            self._items = items = take(batch)
+            self._digest = cursor.digest
+            wanted = items[0] if whole else items
+            if fetch is not None:
+                yield batch, collate(fetch(wanted))
+            else:
+                yield batch, collate([dataset[i] for i in wanted])
+
+    def _load(
+        self, loader: DataLoader[Any], cursor: Cursor, batches: Iterator[Batch], epoch: int, used: int
+    ) -> Iterator[tuple[Batch, Any]]:
+        self._given.clear()
+        self._next = self._ask(cursor, batches, epoch, seeded=loader.num_workers > 0)
+        loader.generator.manual_seed(derived_seed("loader", self.seed, epoch, used))
+        for data in loader:
+            if not self._given:
+                raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
+            batch, self._items, self._digest = self._given.popleft()
+            yield batch, data
+        if self._given:
+            raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
+
+    def _ask(self, cursor: Cursor, batches: Iterator[Batch], epoch: int, *, seeded: bool) -> Iterator[Any]:
+        for batch in batches:
+            items = cursor.take(batch)
+            self._given.append((batch, items, cursor.digest))
+            wanted = items[0] if self._whole else items
+            if seeded:
+                yield Keyed(derived_seed("batch", self.seed, epoch, batch.positions.start), wanted)
+            else:
+                yield wanted
+
+    def _scaled(self, read: Iterator[tuple[Batch, Any]]) -> Iterator[tuple[Batch, Any]]:
+        for batch, data in read:
+            yield batch._replace(start=batch.start * self._scale, size=batch.size * self._scale), data
+
+    def indices(self, plan: Batch) -> list[Any]:
+        if plan.padding:
+            return []
+        found = self._items[0] if self._whole else self._items
+        return list(found) if isinstance(found, list | tuple) else [found]
+
+    # ---- state
+
+    def state(self) -> dict[str, Any]:
+        state: dict[str, Any] = {}
+        if isinstance(self.order, Drawn):
+            state["order"] = {"epoch": self._epoch, "digest": self._digest, "now": self.order.memory.state()}
+            if self._begun is not None:
+                state["order"]["begun"] = self._begun
+        if self._reads_here and _is_stateful(self._dataset):
+            state["dataset"] = pack(self._dataset.state_dict())  # type: ignore[attr-defined]
+        elif memory := self._data_memory.state():
+            state["memory"] = memory
+        return state
+
+    def load_state(self, state: dict[str, Any], *, moved: bool = False) -> None:
+        self._loaded = state
+
+    def _restore(self, epoch: int) -> int | None:
+        """Generators and counters as they were when the epoch began; the digest of the order up to the position."""
+        state, self._loaded = self._loaded or {}, None
+        if "dataset" in state and _is_stateful(self._dataset):
+            self._dataset.load_state_dict(unpack(state["dataset"]))  # type: ignore[attr-defined]
+        if "memory" in state:
+            self._data_memory.load(state["memory"])
+        if not isinstance(self.order, Drawn):
+            return None
+        kept, proof = state.get("order"), None
+        if kept is not None:
+            same = kept["epoch"] == epoch
+            self.order.memory.load(kept["begun"] if same else kept["now"])
+            proof = kept["digest"] if same and not self.order.known else None
+        self._begun = self.order.memory.state()
+        return proof
+
+    @property
+    def _reads_here(self) -> bool:
+        return self._loader is None or not self._loader.num_workers
+
+
+class _Asked:
+    """Sampler, or batch sampler, of the DataLoader: what to read next is decided when its iterator is made."""
+
+    def __init__(self, feed: SampledFeed) -> None:
+        self._feed = feed
+
+    def __len__(self) -> int:
+        batches = self._feed.batches
+        if batches is None:
+            raise TypeError("the sampler has no length")
+        return batches
+
+    def __iter__(self) -> Iterator[Any]:
+        return self._feed._next
+
+
+def _is_stateful(found: Any) -> bool:
+    return callable(getattr(found, "state_dict", None)) and callable(getattr(found, "load_state_dict", None))
+
+
+_APART = (
+    "the sampler divides itself among the ranks, and the number of ranks is another one since the last checkpoint: a few "
+    "samples of this epoch are used twice, or not at all"
+)
+_OTHER_ORDER = (
+    "{}: the sampler gave another order when it was run again to the position of the checkpoint, so the resume is not "
+    "exact; let it draw from torch's, numpy's or python's generators, or keep a generator or an epoch's number as an "
+    "attribute"
+)
+_OWN_WAY = (
+    "{}: it does not give one batch for each that its batch sampler asks for, so its position is not known; say "
+    "Trainer(use_distributed_sampler=False) to have it read as it is"
+)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from trainyard.reproducibility import derived_seed
 
@@ -28,9 +28,8 @@ def permutation(seed: int, epoch: int, samples: int, *, shuffle: bool) -> torch.
     return torch.randperm(samples, generator=generator)
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Batch:
-    """One global batch, from the point of view of one rank."""
+class Batch(NamedTuple):
+    """One global batch, from the point of view of one rank. A tuple, because one is made for every batch."""
 
     start: int
     """Position in the epoch's order of the global batch's first sample."""
@@ -43,7 +42,7 @@ class Batch:
     """The last one of the epoch."""
     steps: bool
     """The optimizer steps after it."""
-    weight: Fraction
+    weight: Fraction | int
     """Factor of this rank's mean loss, such that the average over the ranks of the gradients, summed over the batches
     of the optimizer step, is the gradient of the mean over all samples of that step."""
 
@@ -55,7 +54,7 @@ class Batch:
 
     @property
     def positions(self) -> range:
-        return range(self.start, self.start + 1) if self.padding else range(self.low, self.high)
+        return range(self.start, self.start + 1) if self.low == self.high else range(self.low, self.high)
 
     @property
     def end(self) -> int:
@@ -98,15 +97,28 @@ class EpochPlan:
 
     def iterate(self, rank: int, used: int = 0) -> Iterator[Batch]:
         """The batches after the first `used` samples, which must be a point where the optimizer has stepped."""
-        window = self.global_batch * self.accumulate
-        for opened in range(used, self.usable, window):
-            closed = min(opened + window, self.usable)
-            for start in range(opened, closed, self.global_batch):
-                size = min(self.global_batch, closed - start)
-                share, rest = divmod(size, self.world)
-                low = start + rank * share + min(rank, rest)
-                high = low + share + (rank < rest)
-                yield Batch(
-                    start=start, size=size, low=low, high=high, last=start + size == self.usable,
-                    steps=start + size == closed, weight=Fraction((high - low) * self.world, closed - opened),
-                )  # fmt: skip
+        usable, window = self.usable, self.global_batch * self.accumulate
+        whole = self.window(rank, window)
+        for opened in range(used, usable, window):
+            size = min(window, usable - opened)
+            ends = opened + size == usable
+            yield from shifted(whole if size == window else self.window(rank, size), opened, ends=ends)
+
+    def window(self, rank: int, samples: int) -> list[Batch]:
+        """The batches of one optimizer step over `samples` samples, as if it was an epoch's first and only one."""
+        batches = []
+        for start in range(0, samples, self.global_batch):
+            size = min(self.global_batch, samples - start)
+            share, rest = divmod(size, self.world)
+            low = start + rank * share + min(rank, rest)
+            high = low + share + (rank < rest)
+            closes = start + size == samples
+            weight = Fraction((high - low) * self.world, samples)
+            batches.append(Batch(start, size, low, high, closes, closes, 1 if weight == 1 else weight))
+        return batches
+
+
+def shifted(window: list[Batch], by: int, *, ends: bool) -> Iterator[Batch]:
+    """The same window `by` samples later; `ends`: the epoch ends with it."""
+    for start, size, low, high, last, steps, weight in window:
+        yield Batch(start + by, size, low + by, high + by, last and ends, steps, weight)
