@@ -55,7 +55,7 @@ class GlooPeers:
 
         self.rank = dist.get_rank()
         self.world = dist.get_world_size()
-        self._group: Any = dist.new_group(backend="gloo", timeout=timeout)
+        self.group: Any = dist.new_group(backend="gloo", timeout=timeout)
 
     def broadcast(self, value: Any) -> Any:
         import torch
@@ -63,9 +63,9 @@ class GlooPeers:
 
         data = json.dumps(value).encode() if self.rank == 0 else b""
         size = torch.tensor([len(data)], dtype=torch.int64)
-        dist.broadcast(size, src=0, group=self._group)
+        dist.broadcast(size, src=0, group=self.group)
         buffer = _tensor(data) if self.rank == 0 else torch.empty(int(size), dtype=torch.uint8)
-        dist.broadcast(buffer, src=0, group=self._group)
+        dist.broadcast(buffer, src=0, group=self.group)
         return json.loads(buffer.numpy().tobytes())
 
     def gather(self, value: Any) -> list[Any]:
@@ -74,12 +74,12 @@ class GlooPeers:
 
         data = _tensor(json.dumps(value).encode())
         sizes = [torch.zeros(1, dtype=torch.int64) for _ in range(self.world)]
-        dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64), group=self._group)
+        dist.all_gather(sizes, torch.tensor([data.numel()], dtype=torch.int64), group=self.group)
         longest = max(int(s) for s in sizes)
         padded = torch.zeros(longest, dtype=torch.uint8)
         padded[: data.numel()] = data
         parts = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.world)]
-        dist.all_gather(parts, padded, group=self._group)
+        dist.all_gather(parts, padded, group=self.group)
         return [json.loads(p[: int(s)].numpy().tobytes()) for p, s in zip(parts, sizes, strict=True)]
 
     def any(self, flag: bool) -> bool:
@@ -87,7 +87,7 @@ class GlooPeers:
         import torch.distributed as dist
 
         tensor = torch.tensor([int(flag)], dtype=torch.int32)
-        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._group)
+        dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return bool(tensor)
 
 

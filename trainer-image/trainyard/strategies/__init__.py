@@ -2,40 +2,72 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
 from trainyard.errors import MisconfigurationException
 
 if TYPE_CHECKING:
+    from trainyard.accelerators import Accelerator, Devices
     from trainyard.environment import Place
     from trainyard.strategies.base import Strategy
-
-
-def make_strategy(name: str | Strategy, place: Place, accelerator: str) -> Strategy:
-    """Raises MisconfigurationException."""
-    from trainyard.strategies.base import Strategy
     from trainyard.strategies.ddp import DDPStrategy
+    from trainyard.strategies.fsdp import FSDPStrategy
+    from trainyard.strategies.model_parallel import ModelParallelStrategy
+    from trainyard.strategies.parallel import ParallelStrategy
     from trainyard.strategies.single import SingleDeviceStrategy
 
+_WHERE = {
+    "DDPStrategy": "trainyard.strategies.ddp",
+    "FSDPStrategy": "trainyard.strategies.fsdp",
+    "ModelParallelStrategy": "trainyard.strategies.model_parallel",
+    "ParallelStrategy": "trainyard.strategies.parallel",
+    "SingleDeviceStrategy": "trainyard.strategies.single",
+    "Strategy": "trainyard.strategies.base",
+}
+
+__all__ = [
+    "DDPStrategy",
+    "FSDPStrategy",
+    "ModelParallelStrategy",
+    "ParallelStrategy",
+    "SingleDeviceStrategy",
+    "Strategy",
+    "make_strategy",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(_WHERE[name]), name))
+
+
+def make_strategy(
+    name: str | Strategy, place: Place, accelerator: str | Accelerator = "auto", *,
+    devices: Devices = "auto", processes: int | None = None,
+) -> Strategy:  # fmt: skip
+    """What `Trainer(strategy=...)` names. `processes`: that the run will have in all, if not those of `place`.
+
+    "auto" is ddp for several processes, else one device. Raises MisconfigurationException.
+    """
+    from trainyard.accelerators import make_accelerator
+    from trainyard.strategies.base import Strategy
+    from trainyard.strategies.registry import strategy_by_name
+    from trainyard.strategies.single import SingleDeviceStrategy
+
+    several = (processes or place.world_size) > 1
     if isinstance(name, Strategy):
         strategy = name
-    elif name in (
-        "auto",
-        "ddp",
-        "ddp_find_unused_parameters_true",
-        "ddp_find_unused_parameters_false",
-        "single",
-    ):
-        distributed = place.world_size > 1 or (name.startswith("ddp") and place.launched)
-        unused = name == "ddp_find_unused_parameters_true"
-        strategy = DDPStrategy(find_unused_parameters=unused) if distributed else SingleDeviceStrategy()
+    elif name == "auto":
+        strategy = strategy_by_name("ddp" if several else "single_device")
     else:
-        raise MisconfigurationException(
-            f"strategy: {name!r} is none of 'auto', 'single', 'ddp', or a Strategy"
-        )
+        strategy = strategy_by_name(str(name))
     if isinstance(strategy, SingleDeviceStrategy) and place.world_size > 1:
         raise MisconfigurationException(
-            f"strategy: single, but torchrun started {place.world_size} processes; use 'ddp'"
+            f"strategy: single_device, but torchrun started {place.world_size} processes; use 'ddp'"
         )
-    strategy.place, strategy.accelerator = place, accelerator
+    strategy.place, strategy.devices = place, devices
+    if strategy.accelerator == "auto":  # unless the strategy was given one
+        strategy.accelerator = make_accelerator(accelerator)
     return strategy

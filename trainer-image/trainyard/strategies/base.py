@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from trainyard.peers import Alone, Peers
 from trainyard.plugins.precision.base import Precision
 from trainyard.strategies.facade import StrategyFacade
-from trainyard.strategies.materialize import without_init
+from trainyard.strategies.materialize import materialize, without_init
 
 if TYPE_CHECKING:
     import torch
@@ -75,6 +75,8 @@ class Strategy(StrategyFacade):
         self._module = module
         self.precision.connect(self.device)
         self.precision.convert_module(module)
+        if any(p.is_meta for p in module.parameters()):
+            materialize(module, self.device)
         module.to(self.device)
 
     def step(self, module: LightningModule, name: str) -> Step:

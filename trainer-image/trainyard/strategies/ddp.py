@@ -102,7 +102,8 @@ class DDPStrategy(ParallelStrategy):
 
             ddp.require_forward_param_sync = True
             searches = ddp.find_unused_parameters and not ddp.static_graph
-            ddp.reducer.prepare_for_backward(list(_find_tensors(loss)) if searches else [])
+            tensors = list(_find_tensors(loss)) if searches else []  # type: ignore[no-untyped-call]
+            ddp.reducer.prepare_for_backward(tensors)
         super().backward(module, loss, *args, **kwargs)
 
     def teardown(self, module: LightningModule) -> None:

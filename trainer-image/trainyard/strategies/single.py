@@ -7,3 +7,5 @@ from trainyard.strategies.base import Strategy
 
 class SingleDeviceStrategy(Strategy):
     """What the base class does."""
+
+    name = "single_device"

@@ -1,0 +1,157 @@
+"""The module shards itself, over a mesh of data-parallel and tensor-parallel processes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from trainyard.errors import MisconfigurationException
+from trainyard.strategies.base import Step
+from trainyard.strategies.materialize import materialize
+from trainyard.strategies.parallel import ParallelStrategy
+
+if TYPE_CHECKING:
+    from torch.distributed.device_mesh import DeviceMesh
+    from torch.optim import Optimizer
+
+    from trainyard.core.module import LightningModule
+
+_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
+
+
+class ModelParallelStrategy(ParallelStrategy):
+    """`configure_model` finds the mesh in `self.device_mesh`, with the dimensions "data_parallel" and "tensor_parallel", and
+    applies torch.distributed.tensor.parallel.parallelize_module and torch.distributed.fsdp.fully_shard to its layers.
+
+    "auto" is one data-parallel group a node, and the node's processes for tensor parallelism (Lightning's rule). Processes
+    of one tensor-parallel group get the same batches. Raises MisconfigurationException if nothing in the module is
+    distributed, or the sizes do not make up the world.
+    """
+
+    name = "model_parallel"
+    forward_is_collective = True
+    allows_inference_mode = False
+
+    def __init__(
+        self, data_parallel_size: int | str = "auto", tensor_parallel_size: int | str = "auto",
+        save_distributed_checkpoint: bool = True, **kwargs: Any,
+    ) -> None:  # fmt: skip
+        super().__init__(**kwargs)
+        for name, size in (
+            ("data_parallel_size", data_parallel_size), ("tensor_parallel_size", tensor_parallel_size),
+        ):  # fmt: skip
+            if size != "auto" and not (isinstance(size, int) and size >= 1):
+                raise MisconfigurationException(f"{name}: {size!r} is neither a positive number nor 'auto'")
+        self._sizes = data_parallel_size, tensor_parallel_size
+        self.state_dict_type = "sharded" if save_distributed_checkpoint else "full"
+        self._mesh: DeviceMesh | None = None
+
+    @property
+    def device_mesh(self) -> DeviceMesh:
+        """After `connect`. Raises RuntimeError."""
+        if self._mesh is None:
+            raise RuntimeError("device_mesh: there is none before the processes are connected")
+        return self._mesh
+
+    @property
+    def distributed_sampler_kwargs(self) -> dict[str, int]:
+        mesh = self.device_mesh["data_parallel"]
+        return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
+
+    def connect(self) -> None:
+        from torch.distributed.device_mesh import init_device_mesh
+
+        super().connect()
+        if self._mesh is None:
+            names = ("data_parallel", "tensor_parallel")
+            self._mesh = init_device_mesh(self.device.type, self._shape(), mesh_dim_names=names)
+
+    def _shape(self) -> tuple[int, int]:
+        data, tensor = self._sizes
+        world = self.world_size
+        data = self.num_nodes if data == "auto" else int(data)
+        tensor = self.num_processes if tensor == "auto" else int(tensor)
+        if data * tensor != world:
+            raise MisconfigurationException(
+                f"data_parallel_size: {data} x tensor_parallel_size {tensor} is not the number of processes, {world}"
+            )
+        return data, tensor
+
+    def disconnect(self) -> None:
+        super().disconnect()
+        self._mesh = None
+
+    @contextlib.contextmanager
+    def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
+        """`empty_init`: on the meta device; layers get their values from `reset_parameters` once they are sharded."""
+        with self.precision.init_context(), torch.device("meta") if empty_init else contextlib.nullcontext():
+            yield
+
+    def setup(self, module: LightningModule, *, training: bool) -> None:
+        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
+        from torch.distributed.tensor import DTensor
+
+        self._module = module
+        self.precision.connect(self.device)
+        if not any(isinstance(p, DTensor) for p in module.parameters()):
+            raise MisconfigurationException(
+                "strategy: ModelParallelStrategy, but no parameter is distributed; apply parallelize_module or fully_shard "
+                "in configure_model, with self.device_mesh"
+            )
+        self.precision.convert_module(module)
+        materialize(module, self.device)
+        module.to(self.device)
+        if isinstance(module, FSDPModule):
+            for name in _STEPS:
+                setattr(module, f"_sharded_{name}", getattr(module, name))
+                register_fsdp_forward_method(module, f"_sharded_{name}")
+
+    def step(self, module: LightningModule, name: str) -> Step:
+        method: Step = getattr(module, f"_sharded_{name}", None) or getattr(module, name)
+        return method
+
+    @contextlib.contextmanager
+    def no_sync(self) -> Iterator[None]:
+        from torch.distributed.fsdp import FSDPModule
+
+        assert self._module is not None  # noqa: S101 - there is no step before setup
+        parts = [part for part in self._module.modules() if isinstance(part, FSDPModule)]
+        for part in parts:
+            part.set_requires_gradient_sync(False, recurse=False)
+        try:
+            yield
+        finally:
+            for part in parts:
+                part.set_requires_gradient_sync(True, recurse=False)
+
+    def teardown(self, module: LightningModule) -> None:
+        """The module stays as `configure_model` made it."""
+        for name in _STEPS:
+            module.__dict__.pop(f"_sharded_{name}", None)
+
+    def model_state(self, module: LightningModule) -> dict[str, Any]:
+        from trainyard.strategies.sharded_state import whole_model
+
+        return whole_model(module, keep=self.is_global_zero)
+
+    def load_model_state(
+        self, module: LightningModule, state: dict[str, Any], *, strict: bool = True
+    ) -> None:
+        from trainyard.strategies.sharded_state import load_whole_model
+
+        load_whole_model(module, state, strict=strict)
+
+    def optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+        from trainyard.strategies.sharded_state import whole_optimizer
+
+        return whole_optimizer(optimizer, keep=self.is_global_zero)
+
+    def load_optimizer_state(
+        self, module: LightningModule, optimizer: Optimizer, state: dict[str, Any]
+    ) -> None:
+        from trainyard.strategies.sharded_state import load_whole_optimizer
+
+        load_whole_optimizer(optimizer, state)
