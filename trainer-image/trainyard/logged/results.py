@@ -134,7 +134,7 @@ def _sync(
         group = items[names[0]].options.group if names[0] in items else None
         dtype = wide(strategy.device)
         packed = torch.stack([values[n].detach().to(strategy.device, dtype) for n in names])
-        out.update(zip(names, strategy.reduce(packed, reduce, group).unbind(), strict=True))
+        out.update(zip(names, strategy.reduce_values(packed, reduce, group).unbind(), strict=True))
     return out
 
 
