@@ -10,7 +10,9 @@ import torch
 
 from trainyard.core.exporting import ExportMethods
 from trainyard.core.hooks import DataHooks, ModelHooks
+from trainyard.core.hparams import HyperparametersMixin
 from trainyard.core.logging_methods import LogMethods
+from trainyard.core.saving import LoadModule
 from trainyard.errors import MisconfigurationException
 
 if TYPE_CHECKING:
@@ -20,7 +22,9 @@ if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
 
 
-class LightningModule(ExportMethods, LogMethods, DataHooks, ModelHooks, torch.nn.Module):
+class LightningModule(
+    HyperparametersMixin, LoadModule, ExportMethods, LogMethods, DataHooks, ModelHooks, torch.nn.Module
+):
     """`lightning.pytorch.LightningModule`: the same methods, hooks and attributes."""
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:

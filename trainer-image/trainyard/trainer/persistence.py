@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from trainyard.checkpoint.errors import CheckpointMismatch
 from trainyard.checkpoint.snapshot import foreign, load_model, load_optimizers
 from trainyard.core.portable import OWN
+from trainyard.loggers.session import states
 from trainyard.loops.state import LoopState
 from trainyard.optimization.schedulers import step_schedulers
 from trainyard.reproducibility import derived_seed, reseed, rng_state, set_rng_state
@@ -61,6 +62,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
             "loop": state.state_dict(),
             "plateau": plateau,
             "world_size": trainer.world_size,
+            "loggers": states(trainer.loggers) if trainer.is_global_zero else [],
         },
     }
     if not weights_only:
@@ -89,18 +91,13 @@ def of_rank(trainer: Trainer) -> dict[str, Any]:
     metrics = trainer.metrics
     return {
         "rng": rng_state(),
-        "data": _feed_state(trainer),
+        "data": trainer.train_feed.state() if trainer.state.fn == "fit" else {},
         "sums": metrics.state_dict(trainer.lightning_module),
         "last": {
             "callback": metrics.callback_metrics(),
             **{name: dict(getattr(metrics, name)) for name in _LAST},
         },
     }
-
-
-def _feed_state(trainer: Trainer) -> dict[str, Any]:
-    ask = getattr(trainer.train_feed, "state", None) if trainer.state.fn == "fit" else None
-    return ask() if callable(ask) else {}
 
 
 def resume_state(trainer: Trainer) -> tuple[LoopState, bool]:
@@ -251,17 +248,12 @@ def restore_rank(trainer: Trainer, loaded: Loaded | Source) -> None:
     if own is None:
         reseed(derived_seed("resume", state.seed, state.step, trainer.global_rank))
         if source.first is not None:
-            _load_feed_state(trainer, source.first["data"], moved=True)
+            trainer.train_feed.load_state(source.first["data"], moved=True)
         return
     if state.mid_epoch:
         trainer.metrics.load_state_dict(trainer.lightning_module, own["sums"])
-    _load_feed_state(trainer, own["data"])
+    trainer.train_feed.load_state(own["data"])
     set_rng_state(own["rng"])
-
-
-def _load_feed_state(trainer: Trainer, state: dict[str, Any], *, moved: bool = False) -> None:
-    if state:
-        trainer.train_feed.load_state(state, moved=moved)
 
 
 def _source(trainer: Trainer, loaded: Loaded | Source) -> Source:

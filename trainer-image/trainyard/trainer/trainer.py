@@ -33,6 +33,7 @@ from trainyard.plugins.precision import make_precision
 from trainyard.reproducibility import global_seed
 from trainyard.strategies import make_strategy
 from trainyard.trainer import arguments, defaults
+from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
 from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
@@ -311,6 +312,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
             self.strategy.setup(module, training=False)
             if (source := self.open_checkpoint()) is not None:
                 restore_module(self, source, position=False)
+            announce(self)
 
     def _end(self) -> None:
         module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
@@ -342,6 +344,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.fit_loop = FitLoop(self, None if loaded is None else lambda: restore_rank(self, loaded))
         module.train()
         self.hooks("on_fit_start")
+        announce(self)
         self.fit_loop.run()
         self.hooks("on_fit_end")
         self._end()
