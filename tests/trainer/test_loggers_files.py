@@ -18,12 +18,10 @@ import pytest
 import torch
 import yaml
 
+from tests.trainer.loggerparts import RUN_UID, new_attempt
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers import CSVLogger, DummyLogger, Logger, TensorBoardLogger, default_logger
 from trainyard.loggers.csv_logs import ExperimentWriter
-from trainyard.loggers.identity import _made
-
-RUN_UID = "TRAINYARD_RUN_UID"
 
 
 @pytest.fixture(autouse=True)
@@ -52,12 +50,6 @@ def events(folder: str | Path) -> Any:
 
 def scalars(folder: str | Path, tag: str) -> list[tuple[int, float]]:
     return [(e.step, e.value) for e in events(folder).Scalars(tag)]
-
-
-def new_attempt(monkeypatch: pytest.MonkeyPatch, uid: str = "uid-1") -> None:
-    """The script's process starts again, in the same TrainingRun."""
-    monkeypatch.setenv(RUN_UID, uid)
-    _made.clear()
 
 
 # ---- both

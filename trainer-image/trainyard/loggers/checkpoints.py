@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,6 +12,8 @@ from trainyard.loggers.values import number
 
 if TYPE_CHECKING:
     from trainyard.callbacks.model_checkpoint import ModelCheckpoint
+
+_log = logging.getLogger("trainyard")
 
 LogModel = Literal["all"] | bool
 """False: no models. True: those that are there at the end. "all": each one when it is written."""
@@ -75,6 +78,9 @@ class Uploads:
         found = []
         for name, score in scores.items():
             path = Path(name)
+            if "://" in name and name not in self._seen:
+                _log.warning("%s is kept where it is, and no artifact is made of it", name)
+                self._seen[name] = 0.0
             if path.exists() and self._seen.get(name) != (changed := path.stat().st_mtime):
                 found.append((changed, name, score))
         for changed, name, score in sorted(found, key=lambda entry: entry[:2]):

@@ -147,6 +147,8 @@ class WandbLogger(Logger):
                 "W&B cannot be reached (%s): the run %s is kept in %s; send it later with wandb sync",
                 str(error).partition("\n")[0], wanted["id"], self._save_dir,
             )  # fmt: skip
+            # The service process still holds the run that could not be opened, under the same id.
+            bounded(wandb.teardown, CONNECT_SECONDS, "W&B's service")
             return wandb.init(**{**wanted, "mode": "offline"})
 
     # ---- what is logged
@@ -305,18 +307,20 @@ def _last_step(run: Run) -> int | None:
 
 
 def _with_limits(settings: Any) -> Any:
-    """W&B waits 90 s for a server that is away, and at the end for ever; whoever sets these himself is obeyed."""
+    """W&B waits 90 s for a server that is away, at the end for ever, and holds data back from the disk for 15 s, which a
+    killed process loses. Whoever sets these himself is obeyed."""
     import wandb
 
-    limits = {"init_timeout": CONNECT_SECONDS, "finish_timeout": 600.0}
+    limits = {
+        "init_timeout": CONNECT_SECONDS,
+        "finish_timeout": 600.0,
+        "x_transaction_log_flush_interval": 1.0,
+    }
     own = (
-        {}
-        if settings is None
-        else settings
-        if isinstance(settings, dict)
-        else settings.model_dump(exclude_unset=True)
+        settings.model_copy() if isinstance(settings, wandb.Settings) else wandb.Settings(**(settings or {}))
     )
     for name, value in limits.items():
-        if f"WANDB_{name.upper()}" not in os.environ:
-            own.setdefault(name, value)
-    return wandb.Settings(**own)
+        known = name in type(own).model_fields  # those that start with x_ come and go
+        if known and name not in own.model_fields_set and f"WANDB_{name.upper()}" not in os.environ:
+            setattr(own, name, value)
+    return own
