@@ -9,6 +9,7 @@ import torch
 
 from trainyard.data.loader import Feed
 from trainyard.data.transfer import Transfer
+from trainyard.failure.stop import LAST
 from trainyard.optimization.automatic import positional
 from trainyard.reproducibility import rng_state, set_rng_state
 
@@ -51,6 +52,7 @@ class EvaluationLoop:
                 if not complete:
                     break
             metrics.loader = metrics.batch = None
+            complete = complete and not self._leaves(LAST)
             if complete:
                 self._finish(len(feeds))
                 call(f"on_{stage}_end")
@@ -83,7 +85,8 @@ class EvaluationLoop:
             for index, (plan, raw) in enumerate(batches):
                 if index == limit:
                     break
-                if self._leaves():
+                self._begun += 1
+                if self._leaves(self._begun):
                     return False
                 if plan.padding and not together:
                     continue  # nothing here is collective, and a sample must not be counted twice
@@ -97,13 +100,12 @@ class EvaluationLoop:
                 self._flush_step()
         return True
 
-    def _leaves(self) -> bool:
+    def _leaves(self, number: int) -> bool:
         """Whether all ranks are on their way out, and may leave this validation for after the resume."""
         trainer = self.trainer
-        self._begun += 1
         if not self.within_fit or self.trainer.accumulating or trainer.sanity_checking:
             return False
-        return trainer.stop.begins(trainer.loop_state.total_batches, self._begun)  # type: ignore[no-any-return]
+        return trainer.stop.begins(trainer.loop_state.total_batches, number)  # type: ignore[no-any-return]
 
     def _flush_step(self) -> None:
         """Of evaluation steps only what asks for on_step=True goes out, every log_every_n_steps batches."""

@@ -41,6 +41,7 @@ class FitLoop:
         self.schedule = trainer.schedule
         self.stop = trainer.stop
         self.feed: Feed = trainer.train_feed
+        self._begun_at = self.state.total_batches
         self.restore_rank = restore_rank
         """To be called once, right before the first batch."""
         automatic = trainer.lightning_module.automatic_optimization
@@ -57,25 +58,23 @@ class FitLoop:
         with torch.enable_grad():
             self.call("on_train_start")
             while not self.done():
+                self.look_for_stop()
                 self.run_epoch()
             self.trainer.finish_checkpoints()
             self.call("on_train_end")
+        self.look_for_stop()
 
     def done(self) -> bool:
         return self.schedule.done(self.state, should_stop=self.trainer.should_stop)
 
     def run_epoch(self) -> None:
-        state, stop, schedule, trainer = self.state, self.stop, self.schedule, self.trainer
+        state, schedule, trainer = self.state, self.schedule, self.trainer
         self.open_epoch()
         complete = True
         if state.validates:
             self.validate()
         with contextlib.closing(self.feed.iterate(state.epoch, state.samples)) as batches:  # type: ignore[type-var]
             for plan, raw in batches:
-                if self.optimization.window_open:
-                    stop.announce(state.total_batches + 1)
-                elif stop.begins(state.total_batches + 1):
-                    self.leave()
                 if self.run_batch(plan, raw):
                     break
                 if plan.steps and not plan.last:
@@ -83,6 +82,8 @@ class FitLoop:
                         complete = False
                         break
                     self.save_if_due(epoch_end=False)
+                if not plan.last:
+                    self.look_for_stop()
         self.close_epoch(complete)
         if complete and not self.done():
             self.save_if_due(epoch_end=True)
@@ -197,7 +198,19 @@ class FitLoop:
         ):
             trainer.save_checkpoint_now()
 
+    def look_for_stop(self) -> None:
+        """Before anything of the next batch, its loading too: all ranks leave here, or none. Raises SIGTERMException."""
+        upcoming = self.state.total_batches + 1
+        if self.optimization.window_open:
+            self.stop.announce(upcoming)
+        elif self.stop.begins(upcoming):
+            self.leave()
+
     def leave(self) -> None:
         """All ranks are at the same quiet point: save, and end. Raises SIGTERMException."""
-        self.trainer.finish_checkpoints()
-        raise SIGTERMException(f"stopped by SIGTERM ({self.stop.requested_by}) at step {self.state.step}")
+        where = f"{self.stop.requested_by}: stopping after step {self.state.step}"
+        saves = self.trainer.checkpointer is not None and self.state.total_batches > self._begun_at
+        self.trainer.print(f"{where}{', saving' if saves else ''}", flush=True)
+        if saves:  # else what it began with is the newest that there is
+            self.trainer.finish_checkpoints()
+        raise SIGTERMException(where)
