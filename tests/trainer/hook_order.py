@@ -54,7 +54,9 @@ def recording(base: type, label: str, hooks: Iterable[str], log: list[tuple[str,
         inner = getattr(base, name)
 
         def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-            log.append((label, name if name not in ("setup", "teardown") else f"{name}({_stage(args, kwargs)})"))
+            log.append(
+                (label, name if name not in ("setup", "teardown") else f"{name}({_stage(args, kwargs)})")
+            )
             return inner(self, *args, **kwargs)
 
         method.__name__ = name
