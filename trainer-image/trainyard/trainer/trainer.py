@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from trainyard.accelerators import make_accelerator
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
 from trainyard.data.connect import eval_feeds, prepare_data, train_feed
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
-from trainyard.failure import watch
+from trainyard.failure import Watch
 from trainyard.logged.metrics import Metrics
 from trainyard.loggers.base import Logger
 from trainyard.loops.evaluation import EvaluationLoop
@@ -31,7 +32,7 @@ from trainyard.loops.stop import NoStop
 from trainyard.optimization.configure import SchedulerConfig, configure
 from trainyard.plugins.precision import make_precision
 from trainyard.reproducibility import global_seed
-from trainyard.strategies import make_strategy
+from trainyard.strategies import launchers, make_strategy
 from trainyard.trainer import arguments, defaults
 from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
@@ -129,10 +130,18 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.plugins = (
             list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
         )
-        self.place = Place.from_env()
-        self.strategy = make_strategy(given["strategy"], self.place, given["accelerator"])
+        accelerator = make_accelerator(given["accelerator"])
+        asked, nodes = launchers.asked_devices(accelerator, given["devices"]), given["num_nodes"]
+        place = Place.from_env()
+        processes = place.world_size if place.launched else (asked or 1) * nodes
+        name = given["strategy"]
+        if name == "auto" and processes > 1 and not place.launched and launchers.is_interactive():
+            name = "ddp_notebook"
+        self.strategy = make_strategy(
+            name, place, accelerator, devices=given["devices"], processes=processes
+        )
+        self.place = self.strategy.place = launchers.place_for(self.strategy.launch, asked, nodes)
         self.strategy.precision = make_precision(given["precision"])
-        self._check_world(given["devices"], given["num_nodes"])
 
     def _begin(self) -> None:
         """What every fit makes anew, so that there is something to be read before one."""
@@ -162,6 +171,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
 
     # ---- entry points
 
+    @launchers.entry_point
     def fit(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule, train_dataloaders: Any = None, val_dataloaders: Any = None,
         datamodule: LightningDataModule | None = None, ckpt_path: str | Path | None = None,
@@ -179,6 +189,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
             self._fit,
         )
 
+    @launchers.entry_point
     def validate(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule | None = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
         verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
@@ -187,6 +198,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.ask_for_checkpoint(ckpt_path, weights_only, model_given=model is not None)
         return self._evaluate(TrainerFn.VALIDATING, model, dataloaders, verbose, datamodule)
 
+    @launchers.entry_point
     def test(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule | None = None, dataloaders: Any = None, ckpt_path: str | Path | None = None,
         verbose: bool = True, datamodule: LightningDataModule | None = None, weights_only: bool | None = None,
@@ -195,6 +207,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.ask_for_checkpoint(ckpt_path, weights_only, model_given=model is not None)
         return self._evaluate(TrainerFn.TESTING, model, dataloaders, verbose, datamodule)
 
+    @launchers.entry_point
     def predict(  # noqa: PLR0917 - Lightning's signature
         self, model: LightningModule | None = None, dataloaders: Any = None,
         datamodule: LightningDataModule | None = None, return_predictions: bool | None = None,
@@ -255,30 +268,29 @@ class Trainer(CheckpointFiles, TrainerFacade):
         """Run `work` with all attached, and see to what its end asks for, whichever it is."""
         self.state = TrainerState(TrainerStatus.RUNNING, fn, None)
         failed = True
-        try:
-            self.strategy.connect()
-            place = self.place
-            with watch(rank=place.rank, world=place.world_size, graceful=fn is TrainerFn.FITTING) as watcher:
-                self.stop = watcher.stop
+        with Watch(graceful=fn is TrainerFn.FITTING) as watcher:
+            try:
+                self.strategy.connect()
+                self.stop = watcher.open(self.place.rank, self.place.world_size)
                 self._attach(model, datamodule, given)
                 answer = work()
-            failed = False
-            self.state.status = TrainerStatus.FINISHED
-            return answer
-        except (CheckpointError, Fenced) as error:
-            self._on_exception(error)
-            self._leave(error)
-        except BaseException as error:
-            self._on_exception(error)
-            raise
-        finally:
-            self.state.stage = None
-            if self.checkpointer is not None:
-                self.checkpointer.close(failed=failed)
-                self.checkpointer = None
-            self.metrics.finalize("failed" if failed else "success")
-            if self.profiler is not None:
-                self.profiler.describe()
+                failed = False
+                self.state.status = TrainerStatus.FINISHED
+                return answer
+            except BaseException as error:
+                watcher.failed(error)
+                self._on_exception(error)
+                if isinstance(error, CheckpointError | Fenced):
+                    self._leave(error)
+                raise
+            finally:
+                self.state.stage = None
+                if self.checkpointer is not None:
+                    self.checkpointer.close(failed=failed)
+                    self.checkpointer = None
+                self.metrics.finalize("failed" if failed else "success")
+                if self.profiler is not None:
+                    self.profiler.describe()
 
     def _attach(self, model: LightningModule | None, datamodule: Any, given: dict[str, Any]) -> None:
         from trainyard.core.compiled import unwrap
@@ -421,23 +433,6 @@ class Trainer(CheckpointFiles, TrainerFacade):
         stack.enter_context(self.strategy.init_context())
         stack.enter_context(self.strategy.device)
         return stack
-
-    def _check_world(self, devices: Any, num_nodes: int) -> None:
-        """torchrun's word counts; what the script says is only compared with it."""
-        count = len(devices) if isinstance(devices, list) else devices
-        if count in ("auto", -1, "-1"):
-            return
-        wanted = int(count) * num_nodes
-        if self.place.launched and wanted != self.place.world_size:
-            _log.warning(
-                "Trainer(devices=%s, num_nodes=%s) asks for %d processes; torchrun started %d, which is what counts",
-                devices, num_nodes, wanted, self.place.world_size,
-            )  # fmt: skip
-        elif not self.place.launched and wanted > 1:
-            raise MisconfigurationException(
-                f"devices: {wanted} processes need a launcher: python -m torch.distributed.run --nproc-per-node {count} "
-                f"{Path(sys.argv[0]).name}"
-            )
 
     def _make_profiler(self, given: Any) -> Any:
         if given is None:
