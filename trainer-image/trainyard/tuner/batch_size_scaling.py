@@ -75,7 +75,8 @@ class BatchSizeTrials:
                 raise
             error = problem.with_traceback(None)  # its frames hold what there is too little room for
         self._trainer._train_feed = None
-        free_memory()
+        if error is not None:
+            free_memory()
         failed = self._trainer.strategy.peers.any(error is not None)
         if failed:
             self._error = error or RuntimeError(f"another rank ran out of memory with a batch size of {size}")
