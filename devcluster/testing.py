@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+from devcluster.errors import DevclusterError
 from devcluster.progress import say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -51,12 +52,24 @@ def prepare(levels: list[str], *, existing: bool) -> None:
         tools |= {"versitygw"}
     if tools:
         build.ensure(*sorted(tools))
+    if "trainer" in levels:
+        _torchserve()
     if "cluster" in levels and not existing and os.geteuid() == 0:
         from devcluster.images.build import build as build_image
 
         say("building the images for the cluster level")
         build_image("operator")
         build_image("trainer")
+
+
+def _torchserve() -> None:
+    """Its test is skipped, with the same words, where it cannot be had."""
+    from devcluster import torchserve
+
+    try:
+        torchserve.ensure()
+    except DevclusterError as error:
+        say(f"no TorchServe here: {error}")
 
 
 def _existing(args: argparse.Namespace) -> dict[str, str]:

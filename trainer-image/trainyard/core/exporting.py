@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from typing import IO, TYPE_CHECKING, Any, ClassVar
 
@@ -15,19 +16,20 @@ class ExportMethods:
     __jit_unused_properties__: ClassVar[list[str]] = []
     """torch.jit.script does not compile these: all properties of the library's own, most of which ask for a trainer."""
     __jit_ignored_attributes__: ClassVar[list[str]] = []
-    """Nor does it look into the trainer. Subclasses add to both lists."""
+    """Nor does it look at the trainer, and at what the library's classes annotate in ways that it does not know.
+
+    Subclasses add to both lists.
+    """
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        ours = {
-            name
-            for each in cls.__mro__
-            if each.__module__.partition(".")[0] == "trainyard"
-            for name, value in vars(each).items()
-            if isinstance(value, property)
+        library = [each for each in cls.__mro__ if each.__module__.partition(".")[0] == "trainyard"]
+        properties = {
+            name for each in library for name in vars(each) if isinstance(vars(each)[name], property)
         }
-        cls.__jit_unused_properties__ = sorted(ours | set(cls.__jit_unused_properties__))
-        cls.__jit_ignored_attributes__ = sorted({"_trainer", *cls.__jit_ignored_attributes__})
+        annotated = {name for each in library for name in inspect.get_annotations(each)}
+        cls.__jit_unused_properties__ = sorted(properties | set(cls.__jit_unused_properties__))
+        cls.__jit_ignored_attributes__ = sorted(annotated | {"_trainer", *cls.__jit_ignored_attributes__})
 
     def to_onnx(
         self,
