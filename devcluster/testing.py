@@ -8,7 +8,6 @@ import subprocess
 import sys
 from pathlib import Path
 
-from devcluster.errors import DevclusterError
 from devcluster.progress import say
 
 CHECKOUT = Path(__file__).resolve().parent.parent
@@ -63,13 +62,13 @@ def prepare(levels: list[str], *, existing: bool) -> None:
 
 
 def _torchserve() -> None:
-    """Its test is skipped, with the same words, where it cannot be had."""
+    """Its test is skipped, for the same reason, where it cannot be had."""
     from devcluster import torchserve
 
-    try:
+    if reason := torchserve.obstacle():
+        say(reason)
+    else:
         torchserve.ensure()
-    except DevclusterError as error:
-        say(f"no TorchServe here: {error}")
 
 
 def _existing(args: argparse.Namespace) -> dict[str, str]:

@@ -17,7 +17,6 @@ from torch.utils.data import DataLoader
 
 import trainyard as L
 from devcluster import torchserve
-from devcluster.errors import DevclusterError
 from devcluster.ports import free_ports
 from tests.trainer.serving import EXAMPLE, SECONDS, environment, request, server
 from trainyard.data.inference import predict_batches, prepare_batch
@@ -161,10 +160,9 @@ vmargs=-Xmx256m
 @pytest.fixture(scope="module")
 def serve() -> Path:
     """TorchServe's programs."""
-    try:
-        return torchserve.ensure() / "bin"
-    except DevclusterError as error:
-        pytest.skip(f"no TorchServe here: {error}")
+    if reason := torchserve.obstacle():
+        pytest.skip(reason)
+    return torchserve.ensure() / "bin"
 
 
 @contextlib.contextmanager
