@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable
-from contextlib import suppress
 from datetime import timedelta
 from typing import Any
 
@@ -27,9 +26,10 @@ class Board:
         from torch.distributed import PrefixStore  # type: ignore[attr-defined]
 
         self.rank, self.world = rank, world
-        self._store = PrefixStore(prefix, store)
-        self._listener = self._store.clone()
-        self._talker: Any = None
+        own = PrefixStore(prefix, store)
+        # Both now: a connection cannot be made any more when it is needed to say that all is lost.
+        self._listener, self._talker = own.clone(), own.clone()
+        self._talker.set_timeout(_TALK)
         self._talking = threading.Lock()
 
     # ---- waiting
@@ -69,6 +69,10 @@ class Board:
             self._talk(lambda s: s.set("target", str(target)))
             self._wake(range(self.world), (TARGET,))
 
+    def await_posts(self) -> None:
+        """Until all ranks have said their number."""
+        self._talk(lambda s: s.wait(["target"], _TALK))
+
     def target(self) -> int | None:
         text = self._read("target")
         return int(text) if text else None
@@ -100,11 +104,6 @@ class Board:
         if not self._talking.acquire(timeout=_TALK.total_seconds()):
             raise RuntimeError("the store that the ranks met at does not answer")
         try:
-            if self._talker is None:
-                talker = self._store.clone()
-                with suppress(Exception):  # a kind of store that has none
-                    talker.set_timeout(_TALK)
-                self._talker = talker
             return call(self._talker)
         finally:
             self._talking.release()

@@ -126,9 +126,12 @@ class Watch:
             board.wake()
         if self._thread is not None and self._thread is not threading.current_thread():
             self._thread.join(_JOIN_SECONDS)
-        if self._graceful and self._error is None and not self._posted:
+        if self._error is None:
             with suppress(RuntimeError):
-                board.post(FINISHED)
+                if not self._posted:
+                    board.post(FINISHED)
+                if self.rank == 0:  # which may keep the store: not to be gone while others still speak
+                    board.await_posts()
 
     # ---- SIGTERM
 

@@ -274,11 +274,13 @@ class Trainer(CheckpointFiles, TrainerFacade):
                 self.stop = watcher.open(self.place.rank, self.place.world_size)
                 self._attach(model, datamodule, given)
                 answer = work()
+                self.strategy.barrier()  # nobody is gone while another one still needs it
                 failed = False
                 self.state.status = TrainerStatus.FINISHED
                 return answer
             except BaseException as error:
                 watcher.failed(error)
+                self.strategy.failed = True
                 self._on_exception(error)
                 if isinstance(error, CheckpointError | Fenced):
                     self._leave(error)
