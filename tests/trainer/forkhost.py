@@ -6,6 +6,7 @@ Run as a program it is the host: jobs come in as JSON lines, {"id", "argv", "env
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import json
 import os
@@ -194,6 +195,7 @@ def _child(runpy: Any, job: dict[str, Any]) -> None:
 
         traceback.print_exc()
         code = 1
+    atexit._run_exitfuncs()  # type: ignore[attr-defined]
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)

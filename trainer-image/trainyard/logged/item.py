@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from dataclasses import asdict
 from typing import Any
 
@@ -53,6 +54,8 @@ class Item:
                 value = _scalar(name, value)
             # A copy: what is logged is the value of now, whatever is done to the tensor in place afterwards.
             value = value.clone() if self.options.enable_graph else value.detach().clone()
+            if not value.is_floating_point():
+                value = value.to(wide(value.device))
         elif self.metric is not None:
             self.fresh, self.published = True, False
             return
@@ -128,10 +131,10 @@ def stack(values: list[Any], device: torch.device | None = None) -> torch.Tensor
     """(n,), in double precision, of numbers and 0-dimensional tensors."""
     if device is None:
         device = next((v.device for v in values if isinstance(v, torch.Tensor)), torch.device("cpu"))
-    if all(isinstance(v, torch.Tensor) for v in values):
-        return torch.stack([v.detach().to(device, wide(device)) for v in values])
     if not any(isinstance(v, torch.Tensor) for v in values):
         return torch.tensor(values, dtype=wide(device), device=device)
+    with contextlib.suppress(TypeError, RuntimeError):  # numbers among them, or several devices
+        return torch.stack(values).detach().to(device, wide(device))
     return torch.stack([_as_tensor(v, device).detach().to(wide(device)) for v in values])
 
 

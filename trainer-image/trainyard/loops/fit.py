@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from trainyard.checkpoint.triggers import TimeTrigger
 from trainyard.data.batches import size_of
 from trainyard.data.loader import Feed, SampledFeed
 from trainyard.data.transfer import Transfer
@@ -45,9 +46,11 @@ class FitLoop:
         self.restore_rank = restore_rank
         """To be called once, right before the first batch."""
         automatic = trainer.lightning_module.automatic_optimization
+        self._total_steps: int | None = None
         self.optimization = (AutomaticOptimization if automatic else ManualOptimization)(trainer, self.call)
         self.transfer = Transfer(trainer)
         self.validation = EvaluationLoop(trainer, "validation", within_fit=True)
+        self._validation_clock = self._make_clock()
 
     # ---- the run
 
@@ -100,6 +103,7 @@ class FitLoop:
         self.call.refresh()
         self.call("on_train_epoch_start")
         self.feed.accumulate = self.trainer.accumulate_grad_batches
+        self._total_steps = self.trainer.total_steps
         if not fresh and restore is not None:
             restore()
 
@@ -144,11 +148,26 @@ class FitLoop:
         if state.stepped > stepped:
             self.report(plan, batch)
         metrics.batch = None
-        if trainer.val_feeds and self.schedule.validates_within(
-            state, batches=self.feed.batches, last=plan.last
-        ):
+        if trainer.val_feeds and self.validation_is_due(plan):
             self.validate()
         return False
+
+    def validation_is_due(self, plan: Batch) -> bool:
+        """After a batch, but for the epoch's last: `close_epoch` sees to that."""
+        if self._validation_clock is not None:
+            return plan.steps and self._validation_clock.due(self.state.total_batches)
+        return self.schedule.validates_within(self.state, batches=self.feed.batches, last=plan.last)
+
+    def _make_clock(self) -> TimeTrigger | None:
+        seconds, peers = self.schedule.val_check_seconds, self.trainer.strategy.peers
+        if seconds is None:
+            return None
+
+        def tell(verdict: tuple[bool, int]) -> tuple[bool, int]:
+            due, step = peers.broadcast(verdict)
+            return due, step
+
+        return TimeTrigger(seconds, leader=peers.rank == 0, broadcast=tell)
 
     def report(self, plan: Batch, batch: Any) -> None:
         """After a batch with which an optimizer stepped."""
@@ -158,7 +177,7 @@ class FitLoop:
             self.metrics.flush_step(step=state.stepped - 1, epoch=state.epoch)
         samples = plan.size if isinstance(self.feed, SampledFeed) else trainer.world_size * size_of(batch)
         trainer.progress.stepped(
-            step=state.step, total=trainer.total_steps, epoch=state.epoch,
+            step=state.step, total=self._total_steps, epoch=state.epoch,
             samples=samples * trainer.accumulate_grad_batches, loss=trainer.last_loss, flush=flush,
         )  # fmt: skip
         if flush:
@@ -184,6 +203,8 @@ class FitLoop:
         state.validates, state.validated = False, True
         trainer.state.stage = RunningStage.VALIDATING
         complete = self.validation.run(trainer.val_feeds)
+        if self._validation_clock is not None:
+            self._validation_clock.saved()
         trainer.state.stage = RunningStage.TRAINING
         if not complete:
             state.validates, state.validated = True, False

@@ -6,6 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from trainyard.callbacks.timer import seconds_of
+from trainyard.errors import MisconfigurationException
 from trainyard.loops.state import LoopState
 
 
@@ -22,6 +24,8 @@ class Schedule:
     val_check_interval: int | float = 1.0
     """float: fraction of an epoch; int: batches."""
     check_val_every_n_epoch: int | None = 1
+    val_check_seconds: float | None = None
+    """In place of `val_check_interval`: by rank 0's clock."""
 
     @classmethod
     def of(cls, given: Mapping[str, Any], quick: int) -> Schedule:
@@ -29,13 +33,24 @@ class Schedule:
         max_epochs, max_steps = given["max_epochs"], given["max_steps"]
         no_end = max_steps == -1 and given["max_time"] is None
         interval = given["val_check_interval"]
+        seconds = None
         if interval is None or quick:
             interval = 1.0
+        elif not isinstance(interval, int | float):
+            interval, seconds = 1.0, seconds_of(interval)
+        elif interval <= 0 or (isinstance(interval, float) and interval > 1.0):
+            raise MisconfigurationException(
+                f"val_check_interval: {interval!r} is neither a number of batches nor a fraction of an epoch (up to 1.0)"
+            )
+        if isinstance(interval, float) and given["check_val_every_n_epoch"] is None and seconds is None:
+            raise MisconfigurationException(
+                "check_val_every_n_epoch=None counts batches over all epochs: give val_check_interval as an int"
+            )
         return cls(
             max_epochs=1 if quick else max_epochs if max_epochs is not None else 1000 if no_end else -1,
             max_steps=quick or (-1 if max_steps is None else max_steps),
             min_epochs=given["min_epochs"] or 0, min_steps=given["min_steps"] or 0, val_check_interval=interval,
-            check_val_every_n_epoch=given["check_val_every_n_epoch"],
+            check_val_every_n_epoch=given["check_val_every_n_epoch"], val_check_seconds=seconds,
         )  # fmt: skip
 
     def done(self, state: LoopState, *, should_stop: bool) -> bool:
@@ -52,6 +67,8 @@ class Schedule:
     def validates_within(self, state: LoopState, *, batches: int | None, last: bool) -> bool:
         """After a batch that is not the epoch's last; `batches` is the epoch's length if it is known."""
         every = self.val_check_interval
+        if self.val_check_seconds is not None:
+            return False
         if last or not self._this_epoch(state):
             return False
         if isinstance(every, float):
@@ -63,7 +80,7 @@ class Schedule:
 
     def validates_at_end(self, state: LoopState, *, complete: bool, should_stop: bool) -> bool:
         """At the end of an epoch, or of what of it was trained before a stop."""
-        if not self._this_epoch(state) or not (complete or should_stop):
+        if self.val_check_seconds is not None or not self._this_epoch(state) or not (complete or should_stop):
             return False
         every = self.val_check_interval
         count = state.total_batches if self.check_val_every_n_epoch is None else state.batches

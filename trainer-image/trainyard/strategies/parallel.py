@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -82,6 +83,7 @@ class ParallelStrategy(Strategy):
                 **where,
             )  # fmt: skip
             self._connected = True
+            atexit.register(self._at_exit)
         if isinstance(self.peers, Alone):
             self.peers = GlooPeers()
 
@@ -93,8 +95,18 @@ class ParallelStrategy(Strategy):
             dist.destroy_process_group()
             self._connected, self.peers = False, Alone()
 
+    def _at_exit(self) -> None:
+        """Rank 0 may keep the store that the others still talk to: nobody goes before all are done. After a failure
+        there is nobody to wait for."""
+        if not self.failed:
+            self.disconnect()
+
     def apply_layer_sync(self, module: torch.nn.Module) -> None:
         """`sync_batchnorm`: before the module is wrapped. A world of one has nothing to synchronise."""
+        from trainyard.plugins.layer_sync import TorchSyncBatchNorm
+
+        if isinstance(self.layer_sync, TorchSyncBatchNorm):
+            self.layer_sync.on_cpu = self.device.type == "cpu"
         if self.layer_sync is not None and self.world_size > 1:
             self.layer_sync.apply(module)
 

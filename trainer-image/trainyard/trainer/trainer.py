@@ -22,6 +22,7 @@ from trainyard.errors import MisconfigurationException
 from trainyard.failure import Watch
 from trainyard.logged.metrics import Metrics
 from trainyard.loggers.base import Logger
+from trainyard.loggers.session import begin
 from trainyard.loops.evaluation import EvaluationLoop
 from trainyard.loops.fit import FitLoop
 from trainyard.loops.hooks import HookCaller
@@ -137,9 +138,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         name = given["strategy"]
         if name == "auto" and processes > 1 and not place.launched and launchers.is_interactive():
             name = "ddp_notebook"
-        self.strategy = make_strategy(
-            name, place, accelerator, devices=given["devices"], processes=processes
-        )
+        self.strategy = make_strategy(name, place, accelerator, devices=given["devices"], processes=processes)
         self.place = self.strategy.place = launchers.place_for(self.strategy.launch, asked, nodes)
         self.strategy.precision = make_precision(given["precision"])
 
@@ -311,8 +310,9 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.hooks = HookCaller(self)
         defaults.attach_module_callbacks(self)
 
-    def _start(self, *, loading: bool = False) -> None:
-        """Prepare data, call setup, make the model."""
+    def _start(self, *, loading: bool = False, resumed: Loaded | None = None) -> None:
+        """Agree on the loggers' runs, prepare data, call setup, make the model."""
+        self._take_up_loggers(resumed)
         module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
         prepare_data(self)
         if datamodule is not None:
@@ -341,13 +341,17 @@ class Trainer(CheckpointFiles, TrainerFacade):
 
     def _fit(self) -> None:
         module = self.lightning_module
-        self._start()
         self.progress = Progress(agent_client())
+        resumed = (
+            self._resume()
+        )  # before setup: a ModelCheckpoint asks there for the folder of the loggers' run
+        self._start(resumed=resumed)
         self.loop_state = LoopState(seed=self.strategy.peers.broadcast(global_seed()))
-        loaded = self._resume() or self.open_checkpoint()
+        loaded = resumed or self.open_checkpoint()
         self.strategy.setup(module, training=True)
         if loaded is not None:
             restore_module(self, loaded)
+        self.metrics.each_logger(lambda logger: logger.resume(self.loop_state.stepped))
         self.optimizers, self.lr_scheduler_configs = configure(module)
         self.optimizers = self.strategy.setup_optimizers(module, self.optimizers)
         if loaded is not None:
@@ -362,6 +366,12 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.fit_loop.run()
         self.hooks("on_fit_end")
         self._end()
+
+    def _take_up_loggers(self, resumed: Loaded | None) -> None:
+        """A logger that cannot say which run it logs to is left out."""
+        own = None if resumed is None else from_engine(resumed, self.world_size).own
+        kept = begin(self.loggers, self.strategy.peers, saved=(own or {}).get("loggers", []))
+        self.metrics.loggers = kept if self.is_global_zero else []
 
     def _resume(self) -> Loaded | None:
         """Where to go on from; None for a fresh start."""
