@@ -38,11 +38,11 @@ class Scored(Regression):
     def __init__(self, scores: tuple[float, ...] = (3.0, 1.0, 2.0, 0.5, 4.0), batches: int = 4) -> None:
         super().__init__()
         self.scores, self.batches = scores, batches
-        self.extra = torch.nn.BatchNorm1d(4)
+        self.norm = torch.nn.BatchNorm1d(4)
 
     def loss(self, batch: Any) -> torch.Tensor:
         inputs, targets = batch
-        noisy = torch.nn.functional.dropout(self.extra(inputs), 0.2, self.training)
+        noisy = torch.nn.functional.dropout(self.norm(inputs), 0.2, self.training)
         return torch.nn.functional.mse_loss(self.net(noisy), targets)
 
     def training_step(self, batch: Any, batch_idx: int) -> Any:

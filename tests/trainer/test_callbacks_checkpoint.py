@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import math
-import os
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -156,7 +155,7 @@ def test_state_goes_with_a_folder_that_moves(tmp_path: Path) -> None:
     first = ModelCheckpoint(dirpath=before, monitor="score", save_top_k=2)
     fitted(first, tmp_path, max_epochs=2)
     state = first.state_dict()
-    assert not any(os.path.isabs(path) for path in state["best_k_models"])
+    assert not any(Path(path).is_absolute() for path in state["best_k_models"])
     before.rename(after)
     second = ModelCheckpoint(dirpath=after, monitor="score", save_top_k=2)
     second.load_state_dict(state)
