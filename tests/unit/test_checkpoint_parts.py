@@ -146,7 +146,10 @@ def test_a_killed_process_s_staging_folder_is_swept_by_the_next_one(
 
 
 def test_step_trigger() -> None:
-    assert [s for s in range(1, 10) if StepTrigger(3).due(s)] == [3, 6, 9]
+    every, in_twos, resumed = StepTrigger(3), StepTrigger(3), StepTrigger(3, seen=4)
+    assert [s for s in range(1, 10) if every.due(s)] == [3, 6, 9]
+    assert [s for s in range(2, 13, 2) if in_twos.due(s)] == [4, 6, 10, 12]
+    assert [s for s in range(5, 10) if resumed.due(s)] == [6, 9]
 
 
 class Gang:

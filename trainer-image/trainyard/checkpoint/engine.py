@@ -74,6 +74,8 @@ class Checkpointer:
         self._attempt = loaded.attempt
         if loaded.record is not None:
             self._parent, self._committed_step = loaded.record.seq, loaded.record.step
+            if self._steps is not None:
+                self._steps.seen = loaded.record.step
         if self._config.every_n_seconds is not None:
             self._time = TimeTrigger(
                 self._config.every_n_seconds, leader=self._peers.rank == 0,

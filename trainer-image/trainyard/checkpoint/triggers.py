@@ -11,12 +11,16 @@ _FURTHEST_LOOK = 16
 
 @dataclass(slots=True)
 class StepTrigger:
-    """Every `every` optimizer steps of the run: a function of the step alone."""
+    """Every `every` optimizer steps of the run. With several optimizers a batch may go past the step itself."""
 
     every: int
+    seen: int = 0
+    """The step that was asked about last."""
 
     def due(self, step: int) -> bool:
-        return step % self.every == 0
+        """To be asked by all ranks at the same steps."""
+        before, self.seen = self.seen, step
+        return step // self.every > before // self.every
 
 
 class TimeTrigger:
