@@ -119,8 +119,12 @@ def _parser() -> argparse.ArgumentParser:
     add_cluster_arguments(p)
 
     p = verb("bench", bench, "Measure; writes tests/bench/results/.")
-    p.add_argument("what", choices=["recovery"], help="which figures")
-    p.add_argument("--trials", type=int, default=20, help="kills of each kind (default: 20)")
+    p.add_argument(
+        "what",
+        choices=["recovery", "trainer"],
+        help="recovery: seconds after kills; trainer: the library's overhead",
+    )
+    p.add_argument("--trials", type=int, default=20, help="kills of each kind, or rounds (default: 20)")
     p.add_argument("--out", type=Path, default=CHECKOUT / "tests" / "bench" / "results")
     on_cluster(p, "bench")
     add_cluster_arguments(p)

@@ -18,15 +18,18 @@ CHECKOUT = Path(__file__).resolve().parents[2]
 
 def main(args: argparse.Namespace) -> int:
     """Measure, print a table, write one JSON file."""
-    from tests.bench import recovery
+    import importlib
 
-    result = recovery.measure(args)
+    bench = importlib.import_module(f"tests.bench.{args.what}")
+    result = {"what": args.what, **where(), **bench.measure(args)}
     args.out.mkdir(parents=True, exist_ok=True)
     stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d")
     path = args.out / f"{stamp}-{_git('rev-parse', '--short', 'HEAD')}-{args.what}.json"
-    path.write_text(json.dumps({"what": args.what, **where(), **result}, indent=2) + "\n")
-    print(recovery.table(result))
+    path.write_text(json.dumps(result, indent=2) + "\n")
+    print(bench.table(result))
     say(f"written to {path}")
+    if hasattr(bench, "report"):
+        bench.report(result, args.out)
     return 0
 
 
