@@ -87,6 +87,28 @@ def resume(store: Store, run: str, attempt: int | None, peers: Peers, scratch: P
     raise CheckpointError(f"{store.uri}: other writers changed the log {_STARTS} times while it was read")
 
 
+def newest(
+    store: Store, run: str, scratch: Path, seq: int | None = None
+) -> tuple[Record, dict[str, Any], list[str]]:
+    """(record, rank 0's payload, why newer ones were passed over) of the newest commit that is whole, or of commit `seq`.
+
+    Nothing is written, so that a run may be read while it trains.
+    Raises NoUsableCheckpoint, StoreConfigError, StoreUnavailable.
+    """
+    commits = CommitLog(store, run)
+    records = commits_newest_first(with_retries(commits.refresh, seconds=PATIENCE_SECONDS, longest=2.0))
+    passed_over = [text for _, text in sorted(commits.unreadable.items(), reverse=True)]
+    for record in records:
+        if seq is not None and record.seq != seq:
+            continue
+        try:
+            return record, _fetch(store, record.shards[0], scratch / "fetch.pt"), passed_over
+        except ShardInvalid as error:
+            passed_over.append(str(error))
+    which = "no checkpoint" if seq is None else f"no checkpoint {commit_key(seq)}"
+    raise NoUsableCheckpoint("; ".join([f"{store.uri}: {which} that can be used", *passed_over]))
+
+
 def _leader(peers: Peers, call: Callable[[], Any]) -> Any:
     """What `call` returns on rank 0, or its error, on every rank."""
     answer: dict[str, Any] = {}

@@ -10,12 +10,14 @@ if TYPE_CHECKING:
     from trainyard.export.errors import ExportError
     from trainyard.export.exported_program import to_exported_program
     from trainyard.export.onnx import to_onnx
+    from trainyard.export.runs import checkpoint_of_run
     from trainyard.export.safetensors import load_safetensors, to_safetensors
     from trainyard.export.torchscript import to_torchscript
 
 _WHERE = {
     "FORMATS": "dispatch",
     "ExportError": "errors",
+    "checkpoint_of_run": "runs",
     "export": "dispatch",
     "export_checkpoint": "dispatch",
     "format_of": "dispatch",
@@ -29,6 +31,7 @@ _WHERE = {
 __all__ = [
     "FORMATS",
     "ExportError",
+    "checkpoint_of_run",
     "export",
     "export_checkpoint",
     "format_of",

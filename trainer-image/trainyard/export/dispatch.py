@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from trainyard.export.errors import ExportError
 from trainyard.export.files import local_path, staged
+from trainyard.export.runs import as_file
 
 if TYPE_CHECKING:
     from trainyard.core.module import LightningModule
@@ -58,9 +59,13 @@ def export_checkpoint(
     arguments: Mapping[str, Any] | None = None,
     **options: Any,
 ) -> Path:
-    """`export` of what `module_class.load_from_checkpoint(checkpoint, **arguments)` gives, on the CPU."""
+    """`export` of what `module_class.load_from_checkpoint(checkpoint, **arguments)` gives, on the CPU.
+
+    `checkpoint` may also be where a TrainingRun saves: see `checkpoint_of_run`.
+    """
     format_of(local_path(path, "path"), format)  # before minutes of loading
-    module = module_class.load_from_checkpoint(checkpoint, **{"map_location": "cpu", **(arguments or {})})
+    with as_file(checkpoint) as file:
+        module: Any = module_class.load_from_checkpoint(file, **{"map_location": "cpu", **(arguments or {})})
     return export(module, path, format, input_sample, **options)
 
 
