@@ -27,7 +27,8 @@ class Metrics:
 
     def __init__(self, strategy: Strategy, loggers: list[Logger]) -> None:
         self._strategy = strategy
-        self._loggers = loggers
+        self.loggers = loggers
+        """Those that work."""
         self.train, self.validate, self.test = Results(), Results(), Results()
         self.stage = self.train
         """Where `log` writes now."""
@@ -146,11 +147,11 @@ class Metrics:
 
     def each_logger(self, use: Any) -> None:
         """A logger that fails (disk full, network down) is left out from then on: it must not stop training."""
-        for logger in list(self._loggers):
+        for logger in list(self.loggers):
             try:
                 use(logger)
             except Exception as error:
-                self._loggers.remove(logger)
+                self.loggers.remove(logger)
                 _log.warning(
                     "%s is left out from now on: %s: %s", type(logger).__name__, type(error).__name__, error
                 )

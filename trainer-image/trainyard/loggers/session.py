@@ -80,9 +80,15 @@ def _take_up(logger: Logger, earlier: dict[str, Any], step: int | None) -> None:
 def states(loggers: Sequence[Logger]) -> list[dict[str, Any]]:
     """For a checkpoint, on rank 0: one entry for each of all the trainer's loggers, also for those that were left out,
     so that the next attempt can tell them apart by their places."""
-    found: list[dict[str, Any]] = [{} for _ in loggers]
-    for entry, logger in zip(found, loggers, strict=True):
-        working([logger], lambda one: entry.update(logger=type(one).__name__, state=one.state_dict()))  # noqa: B023
+    found: list[dict[str, Any]] = []
+    for logger in loggers:
+        try:
+            found.append({"logger": type(logger).__name__, "state": logger.state_dict()})
+        except (
+            Exception
+        ) as error:  # it has been left out already, or will be at its next flush, which says so
+            _log.debug("%s has no state: %s", type(logger).__name__, error)
+            found.append({})
     return found
 
 
