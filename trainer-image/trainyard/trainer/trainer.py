@@ -37,6 +37,7 @@ from trainyard.strategies import launchers, make_strategy
 from trainyard.trainer import arguments, defaults
 from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
+from trainyard.trainer.ckpt_source import from_engine
 from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
 from trainyard.trainer.progress import Progress, agent_client
