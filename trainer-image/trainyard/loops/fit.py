@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
 
 _SKIP_EPOCH = -1
+_NEXT = "[_TrainingEpochLoop].train_dataloader_next"
 
 
 class FitLoop:
@@ -60,9 +61,10 @@ class FitLoop:
         self.trainer.state.stage = RunningStage.TRAINING
         with torch.enable_grad():
             self.call("on_train_start")
+            run_epoch = self.call.profiled("run_training_epoch", self.run_epoch)
             while not self.done():
                 self.look_for_stop()
-                self.run_epoch()
+                run_epoch()
             self.trainer.finish_checkpoints()
             self.call("on_train_end")
         self.look_for_stop()
@@ -76,9 +78,11 @@ class FitLoop:
         complete = True
         if state.validates:
             self.validate()
-        with contextlib.closing(self.feed.iterate(state.epoch, state.samples)) as batches:  # type: ignore[type-var]
+        run_batch = self.call.profiled("run_training_batch", self.run_batch)
+        feed = self.call.profiled_items(_NEXT, self.feed.iterate(state.epoch, state.samples))
+        with contextlib.closing(feed) as batches:  # type: ignore[type-var]
             for plan, raw in batches:
-                if self.run_batch(plan, raw):
+                if run_batch(plan, raw):
                     break
                 if plan.steps and not plan.last:
                     if schedule.done_in_epoch(state, should_stop=trainer.should_stop):

@@ -2,18 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import contextlib
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from trainyard.callbacks.base import Callback
 from trainyard.callbacks.order import monitors
 from trainyard.core.hooks import ModelHooks
+from trainyard.profilers.passthrough import PassThroughProfiler
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
 
 Hook = Callable[..., Any]
+Item = TypeVar("Item")
+_END = object()
 _KEPT = frozenset(
     ("on_before_zero_grad", "on_before_backward", "on_after_backward", "on_before_optimizer_step",
      *(f"on_{stage}_batch_{moment}" for stage in ("train", "validation", "test", "predict") for moment in ("start", "end")))
@@ -73,12 +77,29 @@ class HookCaller:
 
     def profiled(self, action: str, method: Hook) -> Hook:
         """`method` itself unless there is a profiler."""
-        profiler = self._trainer.profiler
-        if profiler is None:
+        if not self.profiles:
             return method
+        profiler = self._trainer.profiler
 
         def timed(*args: Any, **kwargs: Any) -> Any:
             with profiler.profile(action):
                 return method(*args, **kwargs)
 
         return timed
+
+    def profiled_items(self, action: str, items: Iterator[Item]) -> Iterator[Item]:
+        """`items` itself unless there is a profiler; then `action` is the wait for the next one."""
+        return self._timed_items(action, items) if self.profiles else items
+
+    def _timed_items(self, action: str, items: Iterator[Item]) -> Iterator[Item]:
+        with contextlib.closing(items):  # type: ignore[type-var]
+            while True:
+                with self._trainer.profiler.profile(action):
+                    item = next(items, _END)
+                if item is _END:
+                    return
+                yield item  # type: ignore[misc]
+
+    @property
+    def profiles(self) -> bool:
+        return not isinstance(self._trainer.profiler, PassThroughProfiler)

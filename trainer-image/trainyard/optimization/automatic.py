@@ -34,9 +34,16 @@ class AutomaticOptimization:
         self.window_open = False
         """A backward pass has run since the last optimizer step."""
         self._step = training_step(trainer, call)
-        self._plain = _is_plain(trainer)
-        self._own_zero_grad = overrides(self.module, "optimizer_zero_grad")
-        self._own_backward = overrides(self.module, "backward") or not self.strategy.plain_backward
+        self._plain = _is_plain(trainer) and not call.profiles
+        self._own_zero_grad = overrides(self.module, "optimizer_zero_grad") or call.profiles
+        own_backward = overrides(self.module, "backward") or not self.strategy.plain_backward
+        self._own_backward = own_backward or call.profiles
+        name = f"[LightningModule]{type(self.module).__name__}"
+        self._optimizer_step = call.profiled(f"{name}.optimizer_step", self.module.optimizer_step)
+        self._zero_grad = call.profiled(f"{name}.optimizer_zero_grad", self.module.optimizer_zero_grad)
+        self._backward = call.profiled(
+            f"[Strategy]{type(self.strategy).__name__}.backward", self.strategy.backward
+        )
         self._clips = bool(trainer.gradient_clip_val) or any(
             overrides(self.module, name) for name in ("configure_gradient_clipping", "clip_gradients")
         )
@@ -59,7 +66,7 @@ class AutomaticOptimization:
             else:
                 metrics = self.trainer.metrics
                 before, metrics.hook = metrics.hook, "optimizer_step"
-                self.module.optimizer_step(self.state.epoch, index, optimizer, self.closure)
+                self._optimizer_step(self.state.epoch, index, optimizer, self.closure)
                 metrics.hook = before
         finally:
             self._batch = None  # nothing holds on to a batch that has been used
@@ -75,14 +82,14 @@ class AutomaticOptimization:
         if not self.window_open:
             call("on_before_zero_grad", optimizer)
             if self._own_zero_grad:
-                module.optimizer_zero_grad(self.state.epoch, self._index, optimizer)
+                self._zero_grad(self.state.epoch, self._index, optimizer)
             else:
                 optimizer.zero_grad()
         if loss is not None:
             call("on_before_backward", loss)
             loss = self.precision.scale(loss)
             if self._own_backward:
-                self.strategy.backward(module, loss)
+                self._backward(module, loss)
             else:
                 loss.backward()  # type: ignore[no-untyped-call]
             call("on_after_backward")

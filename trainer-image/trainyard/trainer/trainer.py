@@ -32,6 +32,7 @@ from trainyard.loops.state import LoopState
 from trainyard.loops.stop import NoStop
 from trainyard.optimization.configure import SchedulerConfig, configure
 from trainyard.plugins.precision import make_precision
+from trainyard.profilers import make_profiler
 from trainyard.reproducibility import global_seed
 from trainyard.strategies import launchers, make_strategy
 from trainyard.trainer import arguments, defaults
@@ -122,7 +123,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
             progress_bar=given["enable_progress_bar"] is not False,
             summary=given["enable_model_summary"] is not False and not quick, max_time=max_time,
         )  # fmt: skip
-        self.profiler = self._make_profiler(given["profiler"])
+        self.profiler = make_profiler(given["profiler"])
         _torch_flags(deterministic, benchmark, detect_anomaly)
         self._begin()
 
@@ -291,8 +292,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
                     self.checkpointer.close(failed=failed)
                     self.checkpointer = None
                 self.metrics.finalize("failed" if failed else "success")
-                if self.profiler is not None:
-                    self.profiler.describe()
+                self.profiler.describe()
+                self.profiler.teardown(fn.value)
 
     def _attach(self, model: LightningModule | None, datamodule: Any, given: dict[str, Any]) -> None:
         from trainyard.core.compiled import unwrap
@@ -308,6 +309,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         if datamodule is not None:
             datamodule.trainer = self
         self.metrics = Metrics(self.strategy, list(self.loggers) if self.is_global_zero else [])
+        self.profiler.attach(self, str(self.state.fn))
         self.hooks = HookCaller(self)
         defaults.attach_module_callbacks(self)
 
@@ -446,13 +448,6 @@ class Trainer(CheckpointFiles, TrainerFacade):
         stack.enter_context(self.strategy.init_context())
         stack.enter_context(self.strategy.device)
         return stack
-
-    def _make_profiler(self, given: Any) -> Any:
-        if given is None:
-            return None
-        from trainyard.profilers import make_profiler
-
-        return make_profiler(given)
 
     @staticmethod
     def _pick_checkpoint(given: CheckpointConfig | None, enabled: bool) -> CheckpointConfig | None:

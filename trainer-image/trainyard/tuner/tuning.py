@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainyard.callbacks.batch_size_finder import BatchSizeFinder
 from trainyard.callbacks.lr_finder import LearningRateFinder
 from trainyard.errors import MisconfigurationException
+from trainyard.profilers import PassThroughProfiler
 from trainyard.reproducibility import isolate_rng
 from trainyard.tuner.rehearsal import silent_loggers
 
@@ -96,7 +97,7 @@ def _alone(trainer: Trainer, finder: Callback) -> Iterator[None]:
     attributes = dict(vars(trainer))
     try:
         trainer.callbacks, trainer.loggers = [finder], silent_loggers(trainer)
-        trainer._checkpoint_config, trainer.profiler = None, None
+        trainer._checkpoint_config, trainer.profiler = None, PassThroughProfiler()
         yield
     finally:
         attributes.update({name: vars(trainer)[name] for name in ("_module", "datamodule")})
