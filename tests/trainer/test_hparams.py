@@ -213,10 +213,13 @@ class Colour(enum.Enum):
     BLUE = 2
 
 
+LOSS = torch.nn.MSELoss()
+
+
 class Rich(Regression):
     def __init__(
         self, config: Config, colour: Colour = Colour.RED, untyped: Any = Colour.RED, folder: Any = None,
-        scale: Any = None, loss: Any = torch.nn.MSELoss(), act: Any = torch.nn.ReLU, weights: np.ndarray | None = None,
+        scale: Any = None, loss: Any = LOSS, act: Any = torch.nn.ReLU, weights: np.ndarray | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
         self.save_hyperparameters()

@@ -65,6 +65,8 @@ class FitLoop:
             while not self.done():
                 self.look_for_stop()
                 run_epoch()
+            if self.restore_rank is not None:  # a finished run: for what the script does after it
+                self.restore_rank()
             self.trainer.finish_checkpoints()
             self.call("on_train_end")
         self.look_for_stop()

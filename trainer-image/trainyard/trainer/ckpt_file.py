@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import errno
 import os
 import re
 import tempfile
@@ -175,9 +176,12 @@ def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool
             "weights_only=False. To write files that need no trust, leave such objects out: "
             "save_hyperparameters(ignore=[...])"
         ) from None
-    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError) as error:
+    except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         # A wrong map_location is a RuntimeError too: it speaks of a device, a broken zip file does not.
-        if "deserialize object on" in str(error):
+        # Cut off at some places, a file has torch seek to before its beginning.
+        if "deserialize object on" in str(error) or (
+            isinstance(error, OSError) and error.errno != errno.EINVAL
+        ):
             raise
         raise CheckpointFileDamaged(
             f"checkpoint {name} is damaged or cut off ({_size(source)}): {_line(error)}"
@@ -314,4 +318,5 @@ def _size(source: Path | IO[bytes]) -> str:
 
 
 def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    text = " ".join(str(error).split())[:200]
+    return text if " " in text else f"{type(error).__name__} {text}".strip()

@@ -56,7 +56,7 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
         "global_step": trainer.global_step,
         "pytorch-lightning_version": ckpt_layout.LAYOUT_VERSION,
         "state_dict": trainer.strategy.model_state(module),
-        "loops": ckpt_layout.loops(state, automatic=module.automatic_optimization),
+        "loops": ckpt_layout.loops(_for_lightning(trainer, state), automatic=module.automatic_optimization),
         OWN: {
             "format": FORMAT,
             "loop": state.state_dict(),
@@ -113,12 +113,26 @@ def resume_state(trainer: Trainer) -> tuple[LoopState, bool]:
         )
     if hook != "on_train_epoch_end":
         return state, False
-    batches = trainer.train_feed.batches
-    whole = trainer.is_last_batch or (batches is not None and state.batches >= batches)
+    whole = _all_batches_used(trainer, state)
     if not whole and trainer.schedule.done_in_epoch(state, should_stop=trainer.should_stop):
         return state, False  # the epoch is not over, and the resumed run goes on with it
     state.next_epoch()
     return state, True
+
+
+def _for_lightning(trainer: Trainer, state: LoopState) -> LoopState:
+    """Lightning does not keep what was logged: from behind an epoch's last batch it would go on with an end of the epoch
+    at which EarlyStopping misses its metric. There it goes on with the next epoch."""
+    if not (state.batches and _all_batches_used(trainer, state)):
+        return state
+    state = dataclasses.replace(state)
+    state.next_epoch()
+    return state
+
+
+def _all_batches_used(trainer: Trainer, state: LoopState) -> bool:
+    batches = trainer.train_feed.batches
+    return trainer.is_last_batch or (batches is not None and state.batches >= batches)
 
 
 def payload(trainer: Trainer) -> dict[str, Any]:
