@@ -78,7 +78,10 @@ class CombinedFeed:
         self._restore(epoch, number)
         self._epoch, self._number = epoch, number
         left = self._left(self._places, number)
+        ended = [done for _, _, done in self._places]
+        over = left == 0 or (any(ended) if self.mode == "min_size" else all(ended))
         read = self._in_turn(epoch) if self.mode == "sequential" else self._together(epoch)
+        read = iter(()) if over else read  # nothing must be read to find that out
         return self._planned(read, number, None if left is None else number + left)
 
     def _planned(
@@ -118,25 +121,25 @@ class CombinedFeed:
             for part, (cycle, used, done) in zip(parts, self._places, strict=True)
         ]
         while True:
-            plans: list[Batch | None] = []
-            data: list[Any] = []
+            found = []
             for n, part in enumerate(parts):
-                found = next(running[n], None)
-                if found is None:
+                one = next(running[n], None)
+                if one is None and not ended[n]:  # not announced as the last batch
                     ended[n] = True
-                    if mode == "max_size_cycle" and not all(ended):
-                        cycles[n] += 1
-                        self._places[n] = (cycles[n], 0, True)
-                        running[n] = part.iterate(_cycle(epoch, cycles[n]), 0)
-                        found = next(running[n], None)
-                if found is None and (mode != "max_size" or all(ended)):
-                    return
-                plan, batch = found if found is not None else (None, None)
-                plans.append(plan)
-                data.append(batch)
-                ended[n] = ended[n] or plan is None or plan.last
+                    if all(ended) or mode == "min_size":
+                        return
+                if one is None and mode == "max_size_cycle":
+                    cycles[n] += 1
+                    self._places[n] = (cycles[n], 0, True)
+                    running[n] = part.iterate(_cycle(epoch, cycles[n]), 0)
+                    one = next(running[n], None)
+                found.append(one or (None, None))
+            plans = [plan for plan, _ in found]
+            ended = [was or plan is None or plan.last for was, plan in zip(ended, plans, strict=True)]
             stop = any(ended) if mode == "min_size" else all(ended)
-            yield plans, stop, self._rebuild(data)
+            yield plans, stop, self._rebuild([data for _, data in found])
+            if stop:
+                return
 
     def _in_turn(self, epoch: int) -> Iterator[tuple[list[Batch | None], bool, Any]]:
         for n, part in enumerate(self.parts):

@@ -55,7 +55,8 @@ class Reader(IterableDataset[Item]):
         self._seed: tuple[int, ...] = (seed, rank) if os.environ.get(WORKERS_ENV) == "1" else (seed,)
         self._every, self._draws = every, draws
         self._iterator: Any = None
-        self._memory: Memory | None = None
+        self._memory = Memory(source)
+        self._ended = False
         # Workers may live on from epoch to epoch; these are what they hear.
         self._round_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
         self._places: list[Place] = []
@@ -83,19 +84,22 @@ class Reader(IterableDataset[Item]):
             if worker < self._first:
                 yield Item(NOTHING, worker)
             if info is not None and self._memories:
-                self._remember().load(self._memories[worker])
+                self._memory.load(self._memories[worker])
         yield from self.read(worker, epoch, place)
         if info is not None:
-            memory = self._remember().state()
+            memory = self._memory.state()
             while True:
                 yield Item(END, worker, state=memory)
 
     def read(self, worker: int, epoch: int, place: Place) -> Iterator[Item]:
+        if place.state and "ended" in place.state:
+            self._memory.load(place.state["ended"])
+            return
         base = derived_seed("stream", *self._seed, epoch, worker)
         self._reseed(base)
         set_epoch(self.dataset, epoch)
         iterator = self._iterator = self._restored(place.state)
-        number = place.state_at
+        number, self._ended = place.state_at, False
         while number < place.given:
             self._reseed(base + number * _ODD)
             self._fetch(iterator)
@@ -111,7 +115,13 @@ class Reader(IterableDataset[Item]):
             yield Item(DATA, worker, data, number, kept)
 
     def capture(self) -> Any:
-        """Of the dataset and its iterator, as they are now; None if they have no state."""
+        """Of the dataset and its iterator, as they are now; None if they have no state.
+
+        A last batch that was not full has ended the dataset's iteration: a state of that moment would be taken for the
+        begin of the next one, or its end, as the dataset likes. Its attributes are not open to interpretation.
+        """
+        if self._ended:
+            return {"ended": self._memory.state()}
         parts = {}
         if is_stateful(self.dataset):
             parts["source"] = pack(self.dataset.state_dict())
@@ -135,17 +145,12 @@ class Reader(IterableDataset[Item]):
                 return (sample,)
             return None
         samples = list(itertools.islice(iterator, self._batch_size))
-        short = len(samples) < self._batch_size
+        short = self._ended = len(samples) < self._batch_size
         return None if not samples or (short and self._drop_last) else (samples,)
 
     def _reseed(self, seed: int) -> None:
         if self._draws:
             reseed_cpu(seed % 2**63)
-
-    def _remember(self) -> Memory:
-        if self._memory is None:
-            self._memory = Memory(self.dataset)
-        return self._memory
 
 
 def is_stateful(found: Any) -> bool:

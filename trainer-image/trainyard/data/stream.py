@@ -34,7 +34,7 @@ class StreamFeed:
         self._world = world
         counts = [count for count in (length, limit) if count is not None]
         self.batches: int | None = min(counts, default=None)
-        self._exact = exact
+        self._length, self._exact = length, exact
         self._end = self.batches if exact else limit
         self._repeats = repeats
         """It gives the same batches each time, for sure: a list."""
@@ -97,6 +97,7 @@ class StreamFeed:
                 self._take(dropped)
         opened, world, window = number, self._world, self.accumulate
         item = next(items, None) if self._end is None or number < self._end else None
+        closes = self._exact and self._end == self._length
         while item is not None:
             following: Any = _DONE
             last = number + 1 == self._end
@@ -118,6 +119,8 @@ class StreamFeed:
                 item = next(items, None) if following is _DONE else following
                 if item is None:
                     warn_once(_SHORT.format(type(self.given).__name__, self.batches, number))
+        if closes:
+            next(items, None)  # what comes after the last batch in an iteration is part of it
         self._finished = True
 
     def _take(self, item: Item) -> None:
