@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import sys
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -68,9 +69,16 @@ class LogMethods:
             )  # fmt: skip
 
 
-@torch.compiler.disable
 def _outside_of_the_graph(module: LightningModule, *args: Any) -> None:
     module.log(*args)
+
+
+def keep_out_of_graphs() -> None:
+    """Before steps are run that may have been compiled. torch.compiler.disable itself imports the compiler, which takes
+    as long as importing torch: it is left to those who have it already."""
+    global _outside_of_the_graph  # noqa: PLW0603 - one function of the process
+    if "torch._dynamo" in sys.modules and not hasattr(_outside_of_the_graph, "_torchdynamo_disable"):
+        _outside_of_the_graph = torch.compiler.disable(_outside_of_the_graph)
 
 
 def _without_a_trainer(module: LightningModule) -> None:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 from trainyard.callbacks.base import Callback
 from trainyard.callbacks.order import monitors
 from trainyard.core.hooks import ModelHooks
+from trainyard.core.logging_methods import keep_out_of_graphs
 from trainyard.profilers.passthrough import PassThroughProfiler
 
 if TYPE_CHECKING:
@@ -34,8 +35,9 @@ class HookCaller:
         self._kept: dict[str, tuple[Hook, ...]] = {}
 
     def refresh(self) -> None:
-        """Callbacks may have come or gone, or methods been replaced."""
+        """Callbacks may have come or gone, or methods been replaced, or compiled."""
         self._kept.clear()
+        keep_out_of_graphs()
 
     def __call__(self, name: str, *args: Any) -> Any:
         """Returns the last answer that is not None."""
