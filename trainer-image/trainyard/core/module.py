@@ -198,8 +198,10 @@ class LightningModule(
 
     @property
     def device_mesh(self) -> Any:
-        """Of strategies that have one, in configure_model."""
-        return self.__dict__["_device_mesh"]
+        """Of strategies that have one, from configure_model on; None for the others."""
+        trainer = self.__dict__["_trainer"]
+        strategy = None if trainer is None else trainer.strategy
+        return self.__dict__["_device_mesh"] or getattr(strategy, "device_mesh", None)
 
     @property
     def device(self) -> torch.device:

@@ -26,6 +26,8 @@ class TorchSyncBatchNorm(LayerSync):
     """torch.nn.SyncBatchNorm, and the same for the CPU, where torch has none."""
 
     def __init__(self) -> None:
+        self.on_cpu = False
+        """Set by the strategy."""
         self._exchanged: list[tuple[nn.Module, str, _BatchNorm]] = []
         """Parent, name, and the layer that was there."""
 
@@ -34,7 +36,11 @@ class TorchSyncBatchNorm(LayerSync):
             for name, layer in list(parent.named_children()):
                 if isinstance(layer, _BatchNorm) and not isinstance(layer, nn.SyncBatchNorm):
                     self._exchanged.append((parent, name, layer))
-                    setattr(parent, name, _synchronised(layer))
+                    setattr(
+                        parent,
+                        name,
+                        _synchronised(layer, _CPUSyncBatchNorm if self.on_cpu else nn.SyncBatchNorm),
+                    )
         return model
 
     def revert(self, model: nn.Module) -> nn.Module:
@@ -45,31 +51,31 @@ class TorchSyncBatchNorm(LayerSync):
         return model
 
 
-class _SyncBatchNorm(nn.SyncBatchNorm):
-    """On devices that torch.nn.SyncBatchNorm does not know: mean and variance from sums over all processes."""
+class _CPUSyncBatchNorm(_BatchNorm):
+    """Mean and variance from sums over all processes. No SyncBatchNorm by name: DDP refuses those on the CPU."""
+
+    def _check_input_dim(self, input: torch.Tensor) -> None:
+        if input.dim() < 2:
+            raise ValueError(f"expected at least 2 dimensions, got {input.dim()}")
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        if input.device.type != "cpu" or not (self.training or not self.track_running_stats):
+        if not self.training and self.track_running_stats:
             return super().forward(input)
         self._check_input_dim(input)
-        self._check_non_zero_input_channels(input)
         return self._normalise(input)
 
     def _normalise(self, input: torch.Tensor) -> torch.Tensor:
-        import torch.distributed as dist
-        from torch.distributed.nn.functional import all_reduce
+        from trainyard.strategies.collectives import all_reduce
 
-        group = self.process_group or dist.group.WORLD
         values = input.float() if input.dtype in (torch.float16, torch.bfloat16) else input
         others = [axis for axis in range(values.dim()) if axis != 1]
         shape = [-1 if axis == 1 else 1 for axis in range(values.dim())]
         count = values.new_full((1,), values.numel() / values.size(1))
         # Around the mean, in two rounds: a variance from sums of squares loses its digits where the mean is large.
-        sums: torch.Tensor = all_reduce(torch.cat([values.sum(others), count]), group=group)  # type: ignore[no-untyped-call]
+        sums = all_reduce(torch.cat([values.sum(others), count]))
         mean, total = sums[:-1] / sums[-1], sums[-1].detach()
         centred = values - mean.view(shape)
-        squares: torch.Tensor = all_reduce(centred.square().sum(others), group=group)  # type: ignore[no-untyped-call]
-        variance = squares / total
+        variance = all_reduce(centred.square().sum(others)) / total
         self._track(mean.detach(), variance.detach(), total)
         out = centred * torch.rsqrt(variance + self.eps).view(shape)
         if self.affine:
@@ -89,8 +95,8 @@ class _SyncBatchNorm(nn.SyncBatchNorm):
         self.running_var.lerp_(unbiased.to(self.running_var.dtype), share)
 
 
-def _synchronised(layer: _BatchNorm) -> nn.SyncBatchNorm:
-    sync = _SyncBatchNorm(
+def _synchronised(layer: _BatchNorm, kind: type[_BatchNorm]) -> _BatchNorm:
+    sync = kind(
         layer.num_features, eps=layer.eps, momentum=layer.momentum, affine=layer.affine,
         track_running_stats=layer.track_running_stats,
     )  # fmt: skip

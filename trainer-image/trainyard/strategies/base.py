@@ -37,6 +37,8 @@ class Strategy(StrategyFacade):
     allows_inference_mode: bool = True
     plain_backward: bool = True
     """Whether `backward` is the module's, which is `loss.backward()` unless that is overridden."""
+    failed: bool = False
+    """Set by the Trainer: then nobody waits for the other ranks any more."""
     accumulates: bool = False
     """Whether the engine behind it divides the loss and counts the batches of an optimizer step itself (deepspeed)."""
 
@@ -86,6 +88,9 @@ class Strategy(StrategyFacade):
     def setup_optimizers(self, module: LightningModule, optimizers: list[Optimizer]) -> list[Optimizer]:
         """What to use in their place. After `setup`: the parameters are those that will be trained."""
         return optimizers
+
+    def trainable_changed(self, module: LightningModule) -> None:
+        """Within a fit, between two steps, other parameters have come to require gradients. Collective."""
 
     def teardown(self, module: LightningModule) -> None:
         """Unwrap: afterwards the module holds plain, whole parameters again where that is possible. Collective, and not

@@ -80,11 +80,27 @@ class DDPStrategy(ParallelStrategy):
 
     def step(self, module: LightningModule, name: str) -> Step:
         if name == "training_step" and self._ddp is not None:
-            return self._manual_step if self._manual else self._ddp
+            return self._manual_step if self._manual else self._wrapped_step
         return super().step(module, name)
+
+    def trainable_changed(self, module: LightningModule) -> None:
+        """DDP averages the gradients of those parameters only that required some when it was made."""
+        if self._ddp is None:
+            return
+        import gc
+
+        self._ddp = None
+        gc.collect()  # its hooks, which would average again, go with it
+        if any(p.requires_grad for p in module.parameters()):
+            self._wrap(module)
 
     def begin_manual(self, module: LightningModule) -> None:
         self._manual = True
+
+    def _wrapped_step(self, *args: Any) -> Any:
+        """Another DDP may take this one's place within a fit."""
+        ddp: Any = self._ddp
+        return ddp(*args)
 
     def _manual_step(self, *args: Any) -> Any:
         """DDP prepares its reducer when forward returns: too late for a backward pass inside of it."""
@@ -103,6 +119,8 @@ class DDPStrategy(ParallelStrategy):
             ddp.require_forward_param_sync = True
             searches = ddp.find_unused_parameters and not ddp.static_graph
             tensors = list(_find_tensors(loss)) if searches else []  # type: ignore[no-untyped-call]
+            # Of what the backward pass before it has found out, or a second one in the first step would add to it.
+            ddp.reducer._rebuild_buckets()
             ddp.reducer.prepare_for_backward(tensors)
         super().backward(module, loss, *args, **kwargs)
 

@@ -296,6 +296,17 @@ class FSDPStrategy(ParallelStrategy):
         finally:
             module.set_requires_gradient_sync(True)
 
+    def clip_gradients(
+        self, module: LightningModule, optimizer: Optimizer, value: float, algorithm: str
+    ) -> None:
+        from trainyard.strategies.sharded_state import clip_norm
+
+        if algorithm == "value":
+            super().clip_gradients(module, optimizer, value, algorithm)
+            return
+        self.precision.unscale(optimizer)
+        clip_norm([p for group in optimizer.param_groups for p in group["params"]], value)
+
     # ---- state
 
     def model_state(self, module: LightningModule) -> dict[str, Any]:

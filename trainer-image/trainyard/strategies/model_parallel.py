@@ -132,6 +132,17 @@ class ModelParallelStrategy(ParallelStrategy):
         for name in _STEPS:
             module.__dict__.pop(f"_sharded_{name}", None)
 
+    def clip_gradients(
+        self, module: LightningModule, optimizer: Optimizer, value: float, algorithm: str
+    ) -> None:
+        from trainyard.strategies.sharded_state import clip_norm
+
+        if algorithm == "value":
+            super().clip_gradients(module, optimizer, value, algorithm)
+            return
+        self.precision.unscale(optimizer)
+        clip_norm([p for group in optimizer.param_groups for p in group["params"]], value)
+
     def model_state(self, module: LightningModule) -> dict[str, Any]:
         from trainyard.strategies.sharded_state import whole_model
 

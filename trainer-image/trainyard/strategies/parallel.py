@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from trainyard.errors import MisconfigurationException
 from trainyard.peers import Alone, GlooPeers
@@ -12,8 +15,6 @@ from trainyard.plugins.precision.base import Precision
 from trainyard.strategies.base import Strategy
 
 if TYPE_CHECKING:
-    import torch
-
     from trainyard.accelerators import Accelerator
 
 COLLECTIVE_TIMEOUT = timedelta(seconds=60)
@@ -131,15 +132,10 @@ class ParallelStrategy(Strategy):
         return (out / dist.get_world_size(group) if op == "mean" else out).to(values.device)
 
     def all_gather(self, tensor: torch.Tensor, group: Any = None, sync_grads: bool = False) -> torch.Tensor:
-        import torch
-        import torch.distributed as dist
-        from torch.distributed.nn.functional import all_gather
+        from trainyard.strategies.collectives import all_gather
 
-        if sync_grads:
-            return torch.stack(all_gather(tensor, group or dist.group.WORLD))  # type: ignore[no-untyped-call]
-        parts = [torch.empty_like(tensor) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(parts, tensor.contiguous(), group=group)
-        return torch.stack(parts)
+        with contextlib.nullcontext() if sync_grads else torch.no_grad():
+            return all_gather(tensor, group)
 
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         import torch.distributed as dist

@@ -14,8 +14,6 @@ def place(
     ignored: Collection[nn.Parameter] = (),
 ) -> None:  # fmt: skip
     """Move what is not in `placed` yet, in place: parameters keep their identity. `sync`: collective over all ranks."""
-    import torch.distributed as dist
-
     whole = {id(parameter) for parameter in ignored}
     for part in set(module.modules()) - placed:
         # Metrics and the like keep tensors that are neither; torch's own override is the recurrent layers'.
@@ -25,8 +23,7 @@ def place(
     with torch.no_grad():
         for tensor in _plain(module, device, placed, whole):
             if sync:
-                # As bytes: gloo does not know every dtype.
-                dist.broadcast(tensor if tensor.is_floating_point() else tensor.view(torch.uint8), src=0)
+                _broadcast(tensor)
     placed.update(module.modules())
 
 
@@ -49,3 +46,12 @@ def _plain(
                 seen.add(id(buffer))
                 setattr(part, name, buffer.to(device))
                 yield getattr(part, name)
+
+
+def _broadcast(tensor: torch.Tensor) -> None:
+    import torch.distributed as dist
+
+    sent = (torch.view_as_real(tensor) if tensor.is_complex() else tensor).contiguous()
+    dist.broadcast(sent, src=0)
+    if sent.data_ptr() != tensor.data_ptr():
+        tensor.copy_(torch.view_as_complex(sent) if tensor.is_complex() else sent)

@@ -10,6 +10,8 @@ import torch
 from torch.distributed.tensor import DTensor, Replicate, distribute_tensor
 
 if TYPE_CHECKING:
+    from collections.abc import Iterable
+
     from torch.optim import Optimizer
 
 
@@ -79,6 +81,27 @@ def load_whole_optimizer(optimizer: Optimizer, saved: dict[str, Any]) -> None:
         for index, entries in saved["state"].items()
     }
     optimizer.load_state_dict({**saved, "state": state})
+
+
+def clip_norm(parameters: Iterable[torch.Tensor], max_norm: float) -> None:
+    """torch.nn.utils.clip_grad_norm_ for parameters that do not all live on one mesh."""
+    by_mesh: dict[Any, list[torch.Tensor]] = {}
+    for parameter in parameters:
+        if parameter.grad is not None:
+            mesh = parameter.device_mesh if isinstance(parameter, DTensor) else None
+            by_mesh.setdefault(mesh, []).append(parameter)
+    if len(by_mesh) < 2:
+        torch.nn.utils.clip_grad_norm_([p for group in by_mesh.values() for p in group], max_norm)
+        return
+    norms = [
+        torch.nn.utils.get_total_norm([p.grad for p in group if p.grad is not None])
+        for group in by_mesh.values()
+    ]
+    total = torch.linalg.vector_norm(
+        torch.stack([norm.full_tensor() if isinstance(norm, DTensor) else norm for norm in norms])
+    )
+    for group in by_mesh.values():
+        torch.nn.utils.clip_grads_with_norm_(group, max_norm, total)
 
 
 def _is_tensor(value: Any) -> bool:
