@@ -44,7 +44,16 @@ __all__ = [
 ]
 
 
+_SUBMODULES = frozenset(
+    ("accelerators", "callbacks", "cli", "core", "demos", "export", "loggers", "loops", "plugins", "profilers", "pytorch",
+     "strategies", "trainer", "tuner", "utilities")
+)  # fmt: skip
+"""`import trainyard as L; L.callbacks.ModelCheckpoint` needs no import of its own."""
+
+
 def __getattr__(name: str) -> Any:
+    if name in _SUBMODULES:
+        return import_module(f"{__name__}.{name}")
     try:
         module, attribute = _WHERE[name]
     except KeyError:
