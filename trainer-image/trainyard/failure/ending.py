@@ -15,6 +15,9 @@ from typing import NoReturn
 GRACE_ENV = "TRAINYARD_GRACE_SECONDS"
 _DEFAULT_GRACE = 10.0
 _FLUSH_SECONDS = 0.5
+EXIT_SECONDS = 2.0
+"""At the end of a process, for its exit handlers."""
+_WENT_ON_SECONDS = 30.0
 _exit_bound: list[tuple[float, int]] = []
 
 
@@ -27,9 +30,14 @@ def grace_seconds() -> float:
         raise ValueError(f"{GRACE_ENV}: {text!r} is not a number of seconds") from None
 
 
+def stop_seconds() -> float:
+    """Of these, from the wish to the end of the fit."""
+    return max(1.0, grace_seconds() - EXIT_SECONDS)
+
+
 def teardown_seconds() -> float:
-    """What a rank that failed may take for its own end; the others have begun theirs a moment later."""
-    return max(1.0, grace_seconds() - 4.0)
+    """What a rank that failed may take to come out of its entry point; the others have begun with that a moment later."""
+    return max(1.0, grace_seconds() - 2 * EXIT_SECONDS)
 
 
 def say(line: str) -> None:
@@ -79,7 +87,10 @@ class Deadline:
 
 
 def bound_interpreter_exit(seconds: float, code: int) -> None:
-    """From the end of the script the process may take `seconds`, whatever its threads and exit handlers do."""
+    """The process is to be gone in `seconds`, whatever its threads and exit handlers do once the script has ended.
+
+    EXIT_SECONDS are granted to them in any case. A script that went on in spite of it all is left alone.
+    """
     if not _exit_bound:
         # Called before the interpreter waits for threads; atexit's functions are called after that.
         register = getattr(threading, "_register_atexit", atexit.register)
@@ -90,7 +101,10 @@ def bound_interpreter_exit(seconds: float, code: int) -> None:
 
 def _bound_exit() -> None:
     end, code = _exit_bound[-1]
-    seconds = max(end - time.monotonic(), 1.0)
+    left = end - time.monotonic()
+    if left < -_WENT_ON_SECONDS:
+        return
+    seconds = max(left, EXIT_SECONDS)
     Deadline().start(seconds, code, "")
     with suppress(ValueError):  # not the main thread
         # The last thing that still works when the interpreter has stopped its threads.

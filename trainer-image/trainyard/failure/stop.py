@@ -14,7 +14,7 @@ import threading
 
 from trainyard.failure.errors import PeerFailed, StopFailed
 
-PATIENCE_SECONDS = 8.0
+PATIENCE_SECONDS = 6.0
 """How long a rank that stands still waits for the others' numbers."""
 INNER = 1 << 24
 """Numbers between two batches of the training: the batches of a validation, and its end."""

@@ -65,6 +65,7 @@ class Watch:
     def open(self, rank: int, world: int, store: Any = None) -> GracefulStop:
         """All ranks open the same number of them. `store`: where they met, if not the default process group's."""
         self.rank = rank
+        ending.grace_seconds()  # an odd value shows now, and not when it is needed
         if world > 1 and (store := store or find_store()) is not None:
             attempt = f"{os.environ.get(Env.ATTEMPT, '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
             self._board = board = Board(store, f"trainyard/watch/{attempt}/{next(_numbers)}", rank, world)
@@ -95,7 +96,7 @@ class Watch:
         code = SIGTERM_CODE if isinstance(error, SIGTERMException) else 1
         said = f"rank {self.rank} did not end by itself after {type(error).__name__}: {error}"
         self._teardown.start(ending.teardown_seconds(), code, said)
-        ending.bound_interpreter_exit(ending.teardown_seconds(), code)
+        ending.bound_interpreter_exit(ending.stop_seconds(), code)
         first = self._first_cause(self._board, error, code)
         if first.rank == self.rank:
             causes.record(error)
@@ -117,7 +118,7 @@ class Watch:
         self._teardown.cancel()
         self._deadline.cancel()
         if self.stop.acted:
-            ending.bound_interpreter_exit(ending.grace_seconds() / 2, SIGTERM_CODE)
+            ending.bound_interpreter_exit(ending.EXIT_SECONDS, SIGTERM_CODE)
         elif received and self._graceful and self._error is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
@@ -162,10 +163,10 @@ class Watch:
         return f"SIGTERM to rank {self.rank}"
 
     def _start_deadline(self) -> None:
-        seconds = ending.grace_seconds()
+        seconds = ending.stop_seconds()
         line = (
             f"rank {self.rank} was asked to stop and did not get to a checkpoint within {seconds:g} s "
-            f"({ending.GRACE_ENV}); it ends without one"
+            f"(of {ending.GRACE_ENV}={ending.grace_seconds():g}); it ends without one"
         )
         self._deadline.start(seconds, SIGTERM_CODE, line)
 

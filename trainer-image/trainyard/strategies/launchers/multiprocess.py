@@ -225,7 +225,8 @@ def _be_rank(job: _Job, rank: int) -> NoReturn:
             outcome.leave(trainer, answer, job.folder)
     except BaseException as error:
         code = _report(error, rank, job.folder)
-    ending.bound_interpreter_exit(ending.teardown_seconds(), code)
+    if code:
+        ending.bound_interpreter_exit(ending.EXIT_SECONDS, code)
     sys.exit(code)
 
 
