@@ -357,14 +357,15 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.metrics.each_logger(lambda logger: logger.resume(self.loop_state.stepped))
         self.optimizers, self.lr_scheduler_configs = configure(module)
         self.optimizers = self.strategy.setup_optimizers(module, self.optimizers)
-        if loaded is not None:
-            restore_optimizers(self, loaded)
         self.val_feeds = (
             eval_feeds(self, self._given["val"], "val") if _has_step(module, "validation_step") else []
         )
         self.fit_loop = FitLoop(self, None if loaded is None else lambda: restore_rank(self, loaded))
         module.train()
         self.hooks("on_fit_start")
+        if loaded is not None:
+            # Lightning's order: callbacks make the optimizers what they were before their states are restored.
+            restore_optimizers(self, loaded)
         announce(self)
         self.fit_loop.run()
         self.hooks("on_fit_end")
