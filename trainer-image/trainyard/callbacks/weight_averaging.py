@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+from torch.optim.swa_utils import get_ema_multi_avg_fn
 
+from trainyard.callbacks.average import Average
 from trainyard.callbacks.base import Callback
 from trainyard.errors import MisconfigurationException
 
@@ -34,9 +34,7 @@ class WeightAveraging(Callback):
         self._device = None if device is None else torch.device(device)
         self._use_buffers = use_buffers
         self._kwargs = kwargs
-        self._average: AveragedModel | None = None
-        self._count = 0
-        """Updates. AveragedModel's own count may be on a device, and to ask it would wait for that."""
+        self._average: Average | None = None
         self._latest_update_step = 0
         self._latest_update_epoch = -1
         self._swapped = False
@@ -51,12 +49,8 @@ class WeightAveraging(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
-        if trainer.strategy.forward_is_collective:
-            raise MisconfigurationException(
-                f"{type(self).__name__}: the strategy {trainer.strategy.name!r} spreads parameters over processes, of which "
-                "no average can be made here; use ddp"
-            )
-        self._average, self._count, self._swapped = None, 0, False
+        refuse_sharded(self, trainer)
+        self._average, self._swapped = None, False
         self._latest_update_step, self._latest_update_epoch = 0, -1
 
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -78,11 +72,11 @@ class WeightAveraging(Callback):
             self._latest_update_epoch = epoch
 
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._average is None or not self._count:
+        if self._average is None or not self._average.count:
             return
-        for own, average in self._pairs(pl_module):
-            own.copy_(average)
-        _log.info("the weights are now the average of %d updates", self._count)
+        self._average.copy_to(pl_module)
+        if trainer.is_global_zero:
+            _log.info("the weights are now the average of %d updates", self._average.count)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
@@ -96,44 +90,18 @@ class WeightAveraging(Callback):
 
     # ---- the average
 
-    def _begin(self, module: LightningModule) -> AveragedModel:
-        """Only the tensors are copied, not the module with all that hangs on it."""
-        tensors = torch.nn.Module()
-        for number, parameter in enumerate(module.parameters()):
-            tensors.register_parameter(f"parameter{number}", parameter)
-        for number, buffer in enumerate(module.buffers()):
-            tensors.register_buffer(f"buffer{number}", buffer)
-        return AveragedModel(tensors, device=self._device, use_buffers=self._use_buffers, **self._kwargs)
+    def _begin(self, module: LightningModule) -> Average:
+        return Average(module, self._device, use_buffers=self._use_buffers, **self._kwargs)
 
-    @torch.no_grad()
     def _update(self, module: LightningModule) -> None:
         if self._average is None:
             raise RuntimeError(f"{type(self).__name__}: there is nothing to update before on_fit_start")
-        # AveragedModel takes parameters and buffers in the order in which `_begin` has put them.
-        self._average.update_parameters(module)
-        self._count += 1
+        self._average.update(module)
 
-    def _pairs(self, module: LightningModule) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """(the module's, the average's), detached."""
-        if self._average is None:
-            return
-        average = self._average.module
-        for part in (torch.nn.Module.parameters, torch.nn.Module.buffers):
-            tensors: Iterator[tuple[torch.Tensor, torch.Tensor]] = zip(
-                part(module), part(average), strict=True
-            )
-            yield from ((own.detach(), averaged.detach()) for own, averaged in tensors)
-
-    @torch.no_grad()
     def _swap(self, module: LightningModule, *, average: bool) -> None:
-        """In place: optimizers, DDP's buckets and compiled code go on with the same tensors."""
-        if self._average is None or not self._count or self._swapped == average:
-            return
-        for own, averaged in self._pairs(module):
-            before = own.clone()
-            own.copy_(averaged)
-            averaged.copy_(before)
-        self._swapped = average
+        if self._average is not None and self._average.count and self._swapped != average:
+            self._average.swap(module)
+            self._swapped = average
 
     # ---- checkpoints
 
@@ -151,7 +119,7 @@ class WeightAveraging(Callback):
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Collective. In Lightning's keys."""
-        if self._average is None or not self._count:
+        if self._average is None or not self._average.count:
             return
         swapped = self._swapped
         states = {}
@@ -160,7 +128,7 @@ class WeightAveraging(Callback):
             states[average] = _copy(trainer.strategy.model_state(pl_module))
         self._swap(pl_module, average=swapped)
         checkpoint["state_dict"], checkpoint["current_model_state"] = states[True], states[False]
-        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._count)}
+        checkpoint["averaging_state"] = {"n_averaged": torch.tensor(self._average.count)}
 
     def on_load_checkpoint(
         self, trainer: Trainer, pl_module: LightningModule, checkpoint: dict[str, Any]
@@ -169,8 +137,7 @@ class WeightAveraging(Callback):
         if trainer.state.fn != "fit" or "averaging_state" not in checkpoint:
             return
         self._average = self._begin(pl_module)
-        self._count = int(checkpoint["averaging_state"]["n_averaged"])
-        self._average.n_averaged.fill_(self._count)
+        self._average.load(None, int(checkpoint["averaging_state"]["n_averaged"]))
         trainer.strategy.load_model_state(pl_module, checkpoint["current_model_state"])
 
 
@@ -206,6 +173,15 @@ class EMAWeightAveraging(WeightAveraging):
             return step_idx >= (self.update_starting_at_step or 0) and every > 0 and step_idx % every == 0
         start = self.update_starting_at_epoch
         return epoch_idx is not None and start is not None and epoch_idx >= start
+
+
+def refuse_sharded(callback: Callback, trainer: Trainer) -> None:
+    """Raises MisconfigurationException."""
+    if trainer.strategy.forward_is_collective:
+        raise MisconfigurationException(
+            f"{type(callback).__name__}: the strategy {trainer.strategy.name!r} spreads parameters over processes, and of "
+            "such no average can be made here; use ddp"
+        )
 
 
 def _copy(state: dict[str, Any]) -> dict[str, Any]:
