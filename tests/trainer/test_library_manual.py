@@ -66,6 +66,7 @@ def test_two_optimizers_do_what_a_loop_by_hand_does() -> None:
     assert all(torch.equal(value, wanted[name]) for name, value in model.state_dict().items())
     assert fit.global_step == 12  # Lightning's count: each optimizer's steps
     assert fit.loop_state.stepped == 6
+    assert (fit.total_steps, fit.estimated_stepping_batches) == (12, 6)
     assert set(fit.callback_metrics) == {"loss0", "loss1"}
     assert all(p.requires_grad for p in model.parameters())
 

@@ -181,9 +181,10 @@ class FitLoop:
         flush = state.stepped % trainer.log_every_n_steps == 0
         if flush:
             self.metrics.flush_step(step=state.stepped - 1, epoch=state.epoch)
+        total = self._total_steps if state.step == state.stepped else trainer.total_steps
         samples = plan.size if isinstance(self.feed, SampledFeed) else trainer.world_size * size_of(batch)
         trainer.progress.stepped(
-            step=state.step, total=self._total_steps, epoch=state.epoch,
+            step=state.step, total=total, epoch=state.epoch,
             samples=samples * trainer.accumulate_grad_batches, loss=trainer.last_loss, flush=flush,
         )  # fmt: skip
         if flush:

@@ -289,12 +289,20 @@ class TrainerFacade:
 
     @property
     def total_steps(self) -> int | None:
-        """Optimizer steps of the whole run; None if there is no telling."""
+        """Optimizer steps of the whole run; None if there is no telling. Where several optimizers step in a batch, as many
+        a batch as there have been so far."""
+        total, state = self._stepping_batches, self.loop_state
+        if total is None or state.step == state.stepped or self.schedule.max_steps != -1:
+            return total
+        return total * state.step // max(1, state.stepped)
+
+    @property
+    def _stepping_batches(self) -> int | None:
         return self.schedule.total_steps(self.train_feed.batches, self.accumulate_grad_batches)
 
     @property
     def estimated_stepping_batches(self) -> int | float:
-        total = self.total_steps
+        total = self._stepping_batches
         return float("inf") if total is None else total
 
     @property
