@@ -95,7 +95,7 @@ class DigitsClassifier(L.LightningModule):
         super().__init__()
         self.save_hyperparameters()
         self.lr = lr
-        self.example_input_array = torch.zeros(2, 8, 8, dtype=torch.uint8)  # before on_after_batch_transfer
+        self.example_input_array = torch.zeros(2, 8, 8)
         self.network = nn.Sequential(
             nn.Flatten(), nn.Linear(64, hidden), nn.BatchNorm1d(hidden), nn.ReLU(), nn.Dropout(0.2),
             nn.Linear(hidden, 10),

@@ -7,8 +7,6 @@ from pathlib import Path
 
 from digits_model import DigitsClassifier, DigitsData
 
-from trainyard.data.inference import prepare_batch
-
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -18,11 +16,10 @@ def main() -> None:
 
     model = DigitsClassifier.load_from_checkpoint(args.checkpoint, map_location="cpu")
     data = DigitsData.load_from_checkpoint(args.checkpoint)
-    sample = prepare_batch(data, model.example_input_array)
 
     args.output.mkdir(parents=True, exist_ok=True)
-    model.to_exported_program(args.output / "model.pt2", sample, dynamic_shapes="batch")
-    model.to_onnx(args.output / "model.onnx", sample, dynamic_shapes="batch")
+    model.to_exported_program(args.output / "model.pt2", dynamic_shapes="batch")
+    model.to_onnx(args.output / "model.onnx", dynamic_shapes="batch")
     model.to_torchscript(args.output / "model.pt")
     data.save_preprocessing(args.output / "preprocessing.json")
     print(*sorted(path.name for path in args.output.iterdir()), sep="\n")

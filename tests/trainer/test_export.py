@@ -345,6 +345,15 @@ def test_a_program_that_answers_otherwise_is_not_put_in_place(tmp_path: Path) ->
     leftovers(tmp_path, "net.pt2")
 
 
+def test_an_example_that_forward_cannot_take_is_told_from_a_forward_that_cannot_be_traced(
+    tmp_path: Path,
+) -> None:
+    sample = torch.zeros(2, 4, dtype=torch.uint8)  # torch.export lets it pass
+    with pytest.raises(ExportError, match=r"(?s)Net.forward fails with the example.*dtype.*self\.layer\(x\)"):
+        Net().to_exported_program(tmp_path / "net.pt2", sample)
+    leftovers(tmp_path)
+
+
 # Refusals
 
 

@@ -23,6 +23,14 @@ def untraceable(module: Any, how: str, error: BaseException, advice: str) -> Exp
     )
 
 
+def failing(module: Any, error: BaseException) -> ExportError:
+    """The module cannot do itself what it was to be exported for."""
+    return ExportError(
+        f"{type(module).__name__}.forward fails with the example: {_gist(error)}\nWhat to do: give an example as forward "
+        "gets it, which is after the data module's on_after_batch_transfer"
+    )
+
+
 def missing(what: str, error: ImportError) -> ModuleNotFoundError:
     """An optional package is not installed."""
     return ModuleNotFoundError(f"{what} needs {error.name}: pip install 'trainyard[export]'", name=error.name)

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from trainyard.export.errors import ExportError, untraceable
+from trainyard.export.errors import ExportError, failing, untraceable
 from trainyard.export.files import local_path, staged
 from trainyard.export.inputs import Args, Kwargs, example_call
 from trainyard.export.modes import evaluating
@@ -58,7 +58,10 @@ def to_exported_program(
 
 def _compare(module: LightningModule, program: ExportedProgram, args: Args, kwargs: Kwargs) -> None:
     with torch.random.fork_rng():
-        expected = module(*args, **kwargs)
+        try:
+            expected = module(*args, **kwargs)
+        except Exception as error:
+            raise failing(module, error) from error
         found = program.module()(*args, **kwargs)
     try:
         torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-4, equal_nan=True)
