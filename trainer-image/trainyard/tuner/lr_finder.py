@@ -144,7 +144,7 @@ class Sweep(Callback):
         loss = torch.stack(self._losses).mean() if self._losses else nothing
         self._losses.clear()
         asked = torch.tensor(float(self._stop.armed), dtype=torch.float64, device=loss.device)
-        value, stop = trainer.strategy.reduce(torch.stack([loss, asked]), "mean").tolist()
+        value, stop = trainer.strategy.reduce_values(torch.stack([loss, asked]), "mean").tolist()
         self._average = _SMOOTHING * self._average + (1 - _SMOOTHING) * value
         smooth = self._average / (1 - _SMOOTHING**step)
         results = self._finder.results
