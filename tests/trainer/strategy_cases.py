@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import copy
+import sys
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.tensor import Replicate
+from torch.utils.data import DataLoader
 
+import trainyard as L
+from tests.trainer.models import numbers
 from tests.trainer.strategy_ranks import (
     Block,
     Net,
@@ -59,7 +64,7 @@ def variants() -> dict[str, Any]:
     }
 
 
-def numbers() -> dict[str, Any]:
+def all_variants() -> dict[str, Any]:
     connected("ddp")
     return {name: run() for name, run in variants().items()}
 
@@ -251,9 +256,6 @@ def resume(strategy: Any, state: dict[str, Any]) -> dict[str, Any]:
 
 def go_on() -> dict[str, Any]:
     """From the file `half` beside the results."""
-    import sys
-    from pathlib import Path
-
     half = torch.load(Path(sys.argv[2]) / "half", weights_only=True)
     connected("ddp")
     return {"fsdp": resume(FSDPStrategy(auto_wrap_policy={Block}), half), "ddp": resume("ddp", half)}
@@ -432,3 +434,118 @@ def model_parallel() -> dict[str, Any]:
         except MisconfigurationException as error:
             found["errors"].append(str(error))
     return found
+
+
+# ---- the Trainer
+
+
+class Learner(L.LightningModule):
+    """Two layers under Adam; logs, validates, tests, predicts."""
+
+    def __init__(self, *, batch_norm: bool = False, manual: bool = False) -> None:
+        super().__init__()
+        torch.manual_seed(5)
+        norm = nn.BatchNorm1d(6) if batch_norm else nn.LayerNorm(6)
+        self.net = nn.Sequential(nn.Linear(4, 6, bias=not batch_norm), norm, nn.ReLU(), nn.Linear(6, 1))
+        self.scale = nn.Parameter(torch.ones(1))
+        self.automatic_optimization = not manual
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.net(x) * self.scale
+
+    def loss(self, batch: Any) -> torch.Tensor:
+        inputs, targets = batch
+        return nn.functional.mse_loss(self(inputs).to(targets.dtype), targets)
+
+    def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor | None:
+        loss = self.loss(batch)
+        self.log("train_loss", loss, on_step=False, on_epoch=True, sync_dist=True)
+        if self.automatic_optimization:
+            return loss
+        for sign in (1.0, 0.5):
+            optimizer = self.optimizers()
+            optimizer.zero_grad()
+            self.manual_backward(sign * self.loss(batch))
+            self.clip_gradients(optimizer, 0.5, "norm")
+            optimizer.step()
+        return None
+
+    def validation_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("val_loss", self.loss(batch), sync_dist=True)
+
+    def test_step(self, batch: Any, batch_idx: int) -> None:
+        self.log("test_loss", self.loss(batch), sync_dist=True)
+
+    def predict_step(self, batch: Any, batch_idx: int) -> list[float]:
+        return [float(value) for value in self(batch[0])]
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.Adam(self.parameters(), 0.02, eps=1e-4)  # 1e-8 is 0 in float16
+
+
+class EarlyOptimizer(Learner):
+    def __init__(self) -> None:
+        super().__init__()
+        self.made = torch.optim.SGD(self.parameters(), 0.1)
+
+    def configure_optimizers(self) -> Any:
+        return self.made
+
+
+def trainer(**options: Any) -> L.Trainer:
+    return L.Trainer(
+        **{
+            "accelerator": "cpu", "logger": False, "enable_progress_bar": False, "enable_model_summary": False,
+            "enable_checkpointing": False, "num_sanity_val_steps": 1,
+        } | options
+    )  # fmt: skip
+
+
+def fit(
+    strategy: Any, folder: Path, *, batch_size: int, epochs: int = 2, precision: Any = None, go_on: bool = False,
+    batch_norm: bool = False, manual: bool = False,
+) -> dict[str, Any]:  # fmt: skip
+    """A fit with all that a strategy sees; `batch_size` is this rank's."""
+    module = Learner(batch_norm=batch_norm, manual=manual)
+    options: dict[str, Any] = {} if manual else {"accumulate_grad_batches": 2, "gradient_clip_val": 0.5}
+    made = trainer(
+        strategy=strategy, max_epochs=epochs + (1 if go_on and precision is None else 0), precision=precision,
+        sync_batchnorm=batch_norm, default_root_dir=folder, **options,
+    )  # fmt: skip
+    # 42 samples: the last batch of each epoch is smaller, and with two ranks they get a padded one
+    data = numbers(40 if batch_norm or manual else 42)
+    loaders = DataLoader(data, batch_size, shuffle=not batch_norm), DataLoader(data, batch_size)
+    L.seed_everything(3)
+    file = folder / "middle.ckpt"
+    made.fit(module, *loaders, ckpt_path=file if go_on else None)
+    made.save_checkpoint(file if not go_on else folder / "end.ckpt")
+    found = {
+        "model": copy.deepcopy(module.state_dict()), "kind": type(module).__name__, "norm": type(module.net[1]).__name__,
+        "logged": {name: float(value) for name, value in made.callback_metrics.items()}, "folder": str(folder),
+        "file": torch.load(file if not go_on else folder / "end.ckpt", weights_only=True) if made.is_global_zero else None,
+    }  # fmt: skip
+    if not (go_on or manual or batch_norm):
+        found["test"] = float(made.test(module, loaders[1], verbose=False)[0]["test_loss"])
+        predicted = made.predict(module, loaders[1]) or []
+        found["predicted"] = [value for batch in predicted for value in batch]
+    return found
+
+
+def fits() -> dict[str, Any]:
+    root = Path(sys.argv[2])
+    found: dict[str, Any] = {}
+    for name in ("ddp", "fsdp"):
+        folder = root / name
+        found[name] = fit(name, folder, batch_size=4)
+        found[f"{name} gone on"] = fit(name, folder, batch_size=4, go_on=True)
+        found[f"{name} manual"] = fit(name, root / "manual", batch_size=4, manual=True, epochs=1)
+        found[f"{name} norm"] = fit(name, root / "norm", batch_size=4, batch_norm=True, epochs=1)
+    return found
+
+
+def early_optimizer() -> str:
+    try:
+        trainer(strategy="fsdp", max_epochs=1).fit(EarlyOptimizer(), DataLoader(numbers(8), 4))
+    except MisconfigurationException as error:
+        return str(error)
+    return ""

@@ -24,6 +24,7 @@ from trainyard.strategies import (
     ModelParallelStrategy,
     SingleDeviceStrategy,
     Strategy,
+    equip,
     make_strategy,
 )
 from trainyard.strategies.registry import STRATEGIES
@@ -152,6 +153,34 @@ def test_given_precision_and_accelerator_win() -> None:
     assert made.kind is accelerator
 
 
+@pytest.mark.parametrize(
+    ("precision", "plugins", "given"),
+    [
+        ("bf16", [], None),
+        (None, [MixedPrecision("bf16-mixed")], None),
+        (None, [], MixedPrecision("bf16-mixed")),
+    ],
+)
+def test_precision_comes_from_one_place(precision: Any, plugins: list[Any], given: Any) -> None:
+    strategy = DDPStrategy(precision_plugin=given)
+    equip(strategy, precision, plugins)
+    assert strategy.precision.name == "bf16-mixed"
+    with pytest.raises(MisconfigurationException, match=r" and plugins\[\d\]: each of them says"):
+        equip(strategy, precision, [*plugins, MixedPrecision("16-mixed")])
+
+
+def test_layers_are_synchronised_by_one() -> None:
+    strategy, sync = DDPStrategy(), TorchSyncBatchNorm()
+    equip(strategy, None, [sync], sync_batchnorm=True)
+    assert strategy.layer_sync is sync
+    equip(strategy, None, [], sync_batchnorm=True)
+    assert isinstance(strategy.layer_sync, TorchSyncBatchNorm)
+    equip(strategy, None)
+    assert strategy.layer_sync is None
+    with pytest.raises(MisconfigurationException, match="one LayerSync only"):
+        equip(strategy, None, [sync, TorchSyncBatchNorm()])
+
+
 # ---- one process
 
 
@@ -212,7 +241,7 @@ def test_a_module_on_the_meta_device_is_made_on_one_device() -> None:
 def numbers(host: Host, tmp_path_factory: pytest.TempPathFactory) -> dict[int, dict[str, Any]]:
     """All variants, at worlds of 2 and 3."""
     folder = tmp_path_factory.mktemp("numbers")
-    return {world: run_case(host, folder / str(world), "numbers", world)[0] for world in (2, 3)}
+    return {world: run_case(host, folder / str(world), "all_variants", world)[0] for world in (2, 3)}
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +11,7 @@ from trainyard.errors import MisconfigurationException
 if TYPE_CHECKING:
     from trainyard.accelerators import Accelerator, Devices
     from trainyard.environment import Place
+    from trainyard.plugins.precision import Precision
     from trainyard.strategies.base import Strategy
     from trainyard.strategies.ddp import DDPStrategy
     from trainyard.strategies.fsdp import FSDPStrategy
@@ -33,6 +35,7 @@ __all__ = [
     "ParallelStrategy",
     "SingleDeviceStrategy",
     "Strategy",
+    "equip",
     "make_strategy",
 ]
 
@@ -71,3 +74,30 @@ def make_strategy(
     if strategy.accelerator == "auto":  # unless the strategy was given one
         strategy.accelerator = make_accelerator(accelerator)
     return strategy
+
+
+def equip(
+    strategy: Strategy, precision: str | int | Precision | None, plugins: Sequence[Any] = (),
+    sync_batchnorm: bool = False,
+) -> None:  # fmt: skip
+    """Give `strategy` its precision and its LayerSync: those that it was made with, or among `plugins`, or the Trainer's.
+
+    Raises MisconfigurationException for two of a kind.
+    """
+    from trainyard.plugins import LayerSync, TorchSyncBatchNorm
+    from trainyard.plugins.precision import Precision, make_precision
+
+    named = {
+        "the strategy's precision_plugin": getattr(strategy, "given_precision", None), "precision": precision,
+        **{f"plugins[{i}]": plugin for i, plugin in enumerate(plugins) if isinstance(plugin, Precision)},
+    }  # fmt: skip
+    given = {name: value for name, value in named.items() if value is not None}
+    if len(given) > 1:
+        raise MisconfigurationException(
+            f"{' and '.join(given)}: each of them says in which precision to compute; leave one"
+        )
+    strategy.precision = make_precision(next(iter(given.values()), None))
+    layers = [plugin for plugin in plugins if isinstance(plugin, LayerSync)]
+    if len(layers) > 1:
+        raise MisconfigurationException("plugins: there can be one LayerSync only")
+    strategy.layer_sync = layers[0] if layers else TorchSyncBatchNorm() if sync_batchnorm else None

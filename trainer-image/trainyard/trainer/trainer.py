@@ -31,10 +31,9 @@ from trainyard.loops.schedule import Schedule
 from trainyard.loops.state import LoopState
 from trainyard.loops.stop import NoStop
 from trainyard.optimization.configure import SchedulerConfig, configure
-from trainyard.plugins.precision import make_precision
 from trainyard.profilers import make_profiler
 from trainyard.reproducibility import global_seed
-from trainyard.strategies import launchers, make_strategy
+from trainyard.strategies import equip, launchers, make_strategy
 from trainyard.trainer import arguments, defaults
 from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
@@ -142,7 +141,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
             name = "ddp_notebook"
         self.strategy = make_strategy(name, place, accelerator, devices=given["devices"], processes=processes)
         self.place = self.strategy.place = launchers.place_for(self.strategy.launch, asked, nodes)
-        self.strategy.precision = make_precision(given["precision"])
+        equip(self.strategy, given["precision"], self.plugins, given["sync_batchnorm"])
 
     def _begin(self) -> None:
         """What every fit makes anew, so that there is something to be read before one."""
