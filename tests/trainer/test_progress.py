@@ -309,6 +309,23 @@ def test_a_step_without_a_redraw_asks_for_no_number(screen: Terminal) -> None:
     assert bar.asked <= 4  # the end of the epoch, in hooks and by itself
 
 
+def test_numbers_of_a_cpu_are_those_of_the_last_step(screen: Terminal) -> None:
+    """They are there already; only those of other devices have to wait for a flush."""
+    losses: list[float] = []
+
+    class Telling(Watched):
+        def training_step(self, batch: Any, batch_idx: int) -> Any:
+            loss = super().training_step(batch, batch_idx)
+            losses.append(float(loss.detach()))
+            return loss
+
+    net = Telling(screen, "on_train_batch_end")
+    fit = trainer(callbacks=[quick(TQDMProgressBar)], enable_progress_bar=True, log_every_n_steps=50)
+    fit.fit(net, loader(16))
+    shown = [re.search(r"train_loss=(\S+?)\]", lines[0]) for lines in net.seen["on_train_batch_end"]]
+    assert [match and match.group(1) for match in shown] == [f"{loss:.4g}" for loss in losses]
+
+
 def test_the_theme(screen: Terminal) -> None:
     theme = RichProgressBarTheme(metrics_format=".1e", metrics_text_delimiter=" | ")
     net = Watched(screen)

@@ -104,6 +104,21 @@ class Metrics:
                     found[step_name(name, item.options)] = found[name] = value
         return found
 
+    def bar_values(self) -> dict[str, float]:
+        """What a progress bar shows. On a CPU that is what the last step logged; numbers on another device are those of the
+        last flush, because fetching them would wait for it."""
+        found = dict(self.bar)
+        if self._strategy.device.type != "cpu":
+            return found
+        for name, item in self.train.items.items():
+            options = item.options
+            waits = item.metric is not None and getattr(item.metric, "_forward_cache", None) is None
+            if options.prog_bar and options.on_step and not item.published and not waits:
+                value = item.step_value(self._strategy.device)
+                if value is not None:
+                    found[step_name(name, options)] = float(value)
+        return found
+
     # ---- flushes
 
     def flush_step(self, *, step: int, epoch: int) -> None:

@@ -66,7 +66,7 @@ class TrainerFacade:
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
-        return dict(self.metrics.bar)
+        return self.metrics.bar_values()
 
     @property
     def validation_metrics(self) -> dict[str, float]:
