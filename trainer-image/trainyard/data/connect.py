@@ -56,7 +56,7 @@ def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
 
     A collection is gone through loader by loader; a CombinedLoader of another mode than "sequential" is one feed.
     """
-    if _limit(trainer, stage) == 0:
+    if getattr(trainer, f"limit_{stage}_batches") == 0:
         return []
     name = f"{stage}_dataloader"
     if given is None:
@@ -72,31 +72,15 @@ def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
 
 
 def _feed(trainer: Trainer, loader: Any, stage: str) -> Feed:
-    limit, share = _limit(trainer, stage), trainer.strategy.distributed_sampler_kwargs
+    overfits = bool(trainer.overfit_batches) and stage in ("train", "val")
+    limit = trainer.overfit_batches if overfits else getattr(trainer, f"limit_{stage}_batches")
     feed = make_feed(
-        loader, rank=share["rank"], world=share["num_replicas"], seed=trainer.loop_state.seed, limit=limit,
-        resample=trainer.use_distributed_sampler, what=stage, in_order=stage == "train" and _overfits(trainer),
+        loader, rank=trainer.global_rank, world=trainer.world_size, seed=trainer.loop_state.seed, limit=limit,
+        resample=trainer.use_distributed_sampler, what=stage, in_order=overfits and str(trainer.state.fn) == "fit",
     )  # fmt: skip
     if feed.batches == 0 and isinstance(limit, float) and limit > 0:
+        name = "overfit_batches" if overfits else f"limit_{stage}_batches"
         raise MisconfigurationException(
-            f"limit_{stage}_batches={limit} of this loader is less than one batch; give a larger fraction, or a number"
+            f"{name}={limit} of this {stage} loader is less than one batch; give a larger fraction, or a number"
         )
     return feed
-
-
-def _limit(trainer: Trainer, stage: str) -> int | float | None:
-    """Raises MisconfigurationException for what is neither a number of batches nor a fraction."""
-    overfits = _overfits(trainer) and stage in ("train", "val")
-    name = "overfit_batches" if overfits else f"limit_{stage}_batches"
-    limit: int | float | None = getattr(trainer, name, None)
-    if isinstance(limit, bool) and limit:  # fast_dev_run=True is one batch
-        limit = 1
-    if limit is not None and (limit < 0 or (isinstance(limit, float) and limit > 1)):
-        raise MisconfigurationException(
-            f"{name}: {limit} is neither a number of batches (int) nor a fraction of them (float from 0.0 to 1.0)"
-        )
-    return limit
-
-
-def _overfits(trainer: Trainer) -> bool:
-    return bool(getattr(trainer, "overfit_batches", 0))

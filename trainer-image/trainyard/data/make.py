@@ -104,11 +104,16 @@ def _sampled(
     loader: DataLoader[Any], *, rank: int, world: int, seed: int, accumulate: int, limit: int | float | None,
     resample: bool, what: str, in_order: bool,
 ) -> SampledFeed:  # fmt: skip
+    from torch.utils.data import SequentialSampler
+
     batched = _is_batched(loader)
     followed: Any = loader.sampler if batched or loader.batch_sampler is None else loader.batch_sampler
-    order, apart = _order(loader, followed, rank, world, in_order=in_order)
+    if in_order and _shuffles(followed):
+        warn_once(f"overfit_batches: the {what} DataLoader is read in order, not shuffled")
+        followed = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
+    order, apart = _order(loader, followed, rank, world)
     apart = (apart or not resample) and world > 1
-    if what != "train" and _shuffles(order):
+    if what != "train" and not in_order and _shuffles(followed):
         warn_once(
             f"the {what} DataLoader shuffles; that costs comparability from one evaluation to the next: shuffle=False"
         )
@@ -121,17 +126,12 @@ def _sampled(
     return SampledFeed(loader, plan, order, rank=rank, world=world, seed=seed, whole=not batched)
 
 
-def _order(
-    loader: DataLoader[Any], followed: Any, rank: int, world: int, *, in_order: bool
-) -> tuple[Order, bool]:
+def _order(loader: DataLoader[Any], followed: Any, rank: int, world: int) -> tuple[Order, bool]:
     """And whether the sampler divides itself among the ranks."""
     from torch.utils.data import DistributedSampler, RandomSampler, SequentialSampler
 
     sampler, name = followed, type(followed).__name__
     ours = type(sampler).__module__.partition(".")[0] in ("torch", "torchdata")
-    if in_order and isinstance(sampler, RandomSampler | DistributedSampler):
-        warn_once("overfit_batches: the training data is not shuffled")
-        return Counted(len(loader.dataset), shuffle=False), False  # type: ignore[arg-type]
     if type(sampler) is SequentialSampler:
         return Counted(len(sampler), shuffle=False), False
     if ours and name == "RandomSampler" and loader.generator is None:
@@ -177,10 +177,12 @@ def _is_batched(loader: DataLoader[Any]) -> bool:
     )
 
 
-def _shuffles(order: Order) -> bool:
-    from torch.utils.data import RandomSampler
+def _shuffles(sampler: Any) -> bool:
+    from torch.utils.data import DistributedSampler, RandomSampler
 
-    return getattr(order, "shuffle", False) or isinstance(getattr(order, "sampler", None), RandomSampler)
+    if isinstance(sampler, DistributedSampler):
+        return bool(sampler.shuffle)
+    return isinstance(sampler, RandomSampler) or type(sampler).__name__ == "RandomSampler"
 
 
 def _is_iterable(loader: DataLoader[Any]) -> bool:
