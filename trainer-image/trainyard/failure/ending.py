@@ -81,6 +81,11 @@ class Deadline:
     def cancel(self) -> None:
         self._cancelled.set()
 
+    @property
+    def left(self) -> float:
+        """Seconds; 0 if it was not started."""
+        return 0.0 if self._end is None else max(0.0, self._end - time.monotonic())
+
     def _run(self, seconds: float, code: int, line: str) -> None:
         if not self._cancelled.wait(seconds):
             end_process(code, line)

@@ -118,7 +118,7 @@ class Watch:
         self._teardown.cancel()
         self._deadline.cancel()
         if self.stop.acted:
-            ending.bound_interpreter_exit(ending.EXIT_SECONDS, SIGTERM_CODE)
+            ending.bound_interpreter_exit(self._deadline.left + ending.EXIT_SECONDS, SIGTERM_CODE)
         elif received and self._graceful and self._error is None:
             os.kill(os.getpid(), signal.SIGTERM)
 
