@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -204,3 +205,20 @@ def test_loaders_that_were_given_cannot_be_changed() -> None:
         Tuner(trainer()).scale_batch_size(Greedy(), DataLoader(numbers(8), 2))
     with pytest.raises(MisconfigurationException, match="no size"):
         Tuner(trainer()).scale_batch_size(Greedy(), batch_arg_name="size")
+
+
+def test_a_resumed_fit_keeps_the_size_that_it_had(tmp_path: Path) -> None:
+    def run(max_epochs: int, ckpt: Path | None = None, max_steps: int = -1) -> tuple[Any, Greedy]:
+        L.seed_everything(5, verbose=False)
+        model = Greedy(room=20)
+        fit = trainer(max_epochs=max_epochs, max_steps=max_steps, callbacks=[BatchSizeFinder()])
+        fit.fit(model, ckpt_path=ckpt)
+        return fit, model
+
+    _, whole = run(2)
+    half, _ = run(2, max_steps=6)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, model = run(2, tmp_path / "half.ckpt")
+    assert (model.batch_size, resumed.global_step) == (16, 8)
+    assert model.tried == [16] * 6  # two batches are left of the epoch, and the validation has four
+    assert torch.equal(model.net.weight, whole.net.weight)

@@ -221,3 +221,20 @@ def test_nothing_is_searched_in_a_fast_dev_run() -> None:
     net = Net()
     assert Tuner(trainer(fast_dev_run=True)).lr_find(net, data()) is None
     assert net.lr == 0.05
+
+
+def test_a_resumed_fit_keeps_what_it_had_found(tmp_path: Path) -> None:
+    def run(max_epochs: int, ckpt: Path | None = None) -> tuple[Any, Net, LearningRateFinder]:
+        L.seed_everything(5, verbose=False)
+        net, finder = Net(), LearningRateFinder(1e-3, 0.5, num_training_steps=25)
+        fit = trainer(max_epochs=max_epochs, callbacks=[finder])
+        fit.fit(net, data(), loader(8), ckpt_path=ckpt)
+        return fit, net, finder
+
+    _, whole, first = run(3)
+    half, *_ = run(1)
+    half.save_checkpoint(tmp_path / "half.ckpt")
+    _, resumed, again = run(3, tmp_path / "half.ckpt")
+    assert equal(resumed.state_dict(), whole.state_dict())
+    assert (resumed.lr, again.optimal_lr) == (whole.lr, None)
+    assert first.optimal_lr is not None
