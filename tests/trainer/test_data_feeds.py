@@ -30,8 +30,10 @@ from tests.trainer.loaders import (
     Drawing,
     Endless,
     Handmade,
+    HandmadeStateful,
     Numbers,
     OwnGenerators,
+    StatefulStream,
     Stream,
 )
 from trainyard.data.feed import Feed
@@ -455,3 +457,62 @@ def test_iterating_leaves_the_generators_alone() -> None:
         drawn = torch.rand(1).item(), random.random(), np.random.rand()
         torch.manual_seed(1), random.seed(1), np.random.seed(1)
         assert drawn == (torch.rand(1).item(), random.random(), np.random.rand())
+
+
+# ---- the state of feeds that are not followed by an epoch's number
+
+
+EVALUATED: dict[str, Callable[[], Any]] = {
+    "sampler": lambda: DataLoader(Plain(), 3, sampler=OwnGenerators()),
+    "counting": lambda: DataLoader(Plain(), 3, sampler=Counting()),
+    "stream": lambda: DataLoader(StatefulStream(), 3),
+    "handmade": HandmadeStateful,
+    "collection": lambda: CombinedLoader(
+        [DataLoader(Plain(), 3, sampler=Counting()), HandmadeStateful()], "min_size"
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EVALUATED)
+@pytest.mark.parametrize("rounds", [0, 1, 2])
+def test_evaluation_goes_on_with_the_next_round(name: str, rounds: int) -> None:
+    """It iterates epoch 0 again and again; what a sampler remembers moves on all the same."""
+
+    def read(feed: Feed) -> str:
+        return repr([data for _, data in feed.iterate(0, 0)])
+
+    old = make_feed(EVALUATED[name](), rank=0, world=1, seed=5)
+    for _ in range(rounds):
+        read(old)
+    state = old.state()
+    new = make_feed(EVALUATED[name](), rank=0, world=1, seed=5)
+    new.load_state(state)
+    assert repr(new.state()) == repr(state), "a save right after a resume"
+    assert [read(new) for _ in range(2)] == [read(old) for _ in range(2)]
+
+
+# ---- streams on several ranks
+
+
+def test_ranks_shuffle_alike_unless_workers_are_seeded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stream that shuffles by the global generators and takes its rank's part needs that."""
+
+    def drawn(rank: int) -> str:
+        return repr([data for _, data in make_feed(Handmade(), rank=rank, world=2, seed=5).iterate(0, 0)])
+
+    assert drawn(0) == drawn(1)
+    monkeypatch.setenv("PL_SEED_WORKERS", "1")
+    assert drawn(0) != drawn(1)
+
+
+def test_a_stream_in_another_world_says_that_it_is_not_exact(caplog: pytest.LogCaptureFixture) -> None:
+    _said.clear()
+    gang = feeds(HandmadeStateful, 2)
+    steps = list(itertools.islice(zip(*(feed.iterate(0, 0) for feed in gang), strict=True), 2))
+    used = steps[-1][0][0].end
+    assert used == 4, "batches of all ranks"
+    alone = make_feed(HandmadeStateful(), rank=0, world=1, seed=5)
+    alone.load_state(gang[0].state(), moved=True)
+    rest = [plan for plan, _ in alone.iterate(0, used)]
+    assert [plan.end for plan in rest] == [5, 6]
+    assert "another one since the last checkpoint" in caplog.text

@@ -160,12 +160,16 @@ class CombinedFeed:
     # ---- state
 
     def state(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
         return {
             "epoch": self._epoch, "number": self._number, "places": [list(place) for place in self._places],
             "parts": [part.state() for part in self.parts],
         }  # fmt: skip
 
     def load_state(self, state: dict[str, Any], *, moved: bool = False) -> None:
+        if not state:
+            return
         self._loaded = state
         for part, own in zip(self.parts, state["parts"], strict=True):
             part.load_state(own, moved=moved)
@@ -173,7 +177,7 @@ class CombinedFeed:
     def _restore(self, epoch: int, number: int) -> None:
         state, self._loaded = self._loaded, None
         self._places = [(0, 0, False)] * len(self.parts)
-        if state is not None and state["epoch"] == epoch and state["number"]:
+        if state is not None and state["epoch"] == epoch and number:
             self._places = [(int(c), int(u), bool(d)) for c, u, d in state["places"]]
         elif number:
             self._places = self._counted(number)

@@ -44,7 +44,10 @@ class Feed(Protocol):
         ...
 
     def state(self) -> dict[str, Any]:
-        """Tensors and primitives; empty for a feed whose position says it all. Every rank's may differ."""
+        """Tensors and primitives; empty for a feed whose position says it all. Every rank's may differ.
+
+        Between `load_state` and the next `iterate` it is what was loaded.
+        """
         ...
 
     def load_state(self, state: dict[str, Any], *, moved: bool = False) -> None:

@@ -51,6 +51,8 @@ class SampledFeed:
         self._begun: dict[str, Any] | None = None
         self._loaded: dict[str, Any] | None = None
         self._epoch = -1
+        self._used = False
+        """Whether the epoch has given a batch."""
 
     def _remade(self, loader: DataLoader[Any], rank: int) -> DataLoader[Any]:
         import torch
@@ -93,7 +95,7 @@ class SampledFeed:
     # ---- batches
 
     def iterate(self, epoch: int, used: int) -> Iterator[tuple[Batch, Any]]:
-        proof = self._restore(epoch)
+        proof = self._restore(epoch, used)
         if used % self._scale:
             warn_once(_APART)
         own = used // self._scale
@@ -101,7 +103,7 @@ class SampledFeed:
         cursor = self.order.open(self.seed, epoch, own)
         if own and proof not in (None, cursor.digest):
             warn_once(_OTHER_ORDER.format(type(getattr(self.order, "sampler", None)).__name__))
-        self._epoch, self._digest = epoch, cursor.digest
+        self._epoch, self._digest, self._used = epoch, cursor.digest, used > 0
         batches = self._batches(cursor, own)
         read = (
             self._read(cursor, batches)
@@ -138,7 +140,7 @@ class SampledFeed:
         fetch: Any = getattr(dataset, "__getitems__", None) if self._collates else dataset.__getitem__
         for batch in batches:
             self._items = items = take(batch)
-            self._digest = cursor.digest
+            self._digest, self._used = cursor.digest, True
             wanted = items[0] if whole else items
             if fetch is not None:
                 yield batch, collate(fetch(wanted))
@@ -155,6 +157,7 @@ class SampledFeed:
             if not self._given:
                 raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
             batch, self._items, self._digest = self._given.popleft()
+            self._used = True
             yield batch, data
         if self._given:
             raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
@@ -182,9 +185,13 @@ class SampledFeed:
     # ---- state
 
     def state(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded
         state: dict[str, Any] = {}
         if isinstance(self.order, Drawn):
-            state["order"] = {"epoch": self._epoch, "digest": self._digest, "now": self.order.memory.state()}
+            state["order"] = {
+                "epoch": self._epoch, "used": self._used, "digest": self._digest, "now": self.order.memory.state(),
+            }  # fmt: skip
             if self._begun is not None:
                 state["order"]["begun"] = self._begun
         if self._reads_here and _is_stateful(self._dataset):
@@ -196,7 +203,7 @@ class SampledFeed:
     def load_state(self, state: dict[str, Any], *, moved: bool = False) -> None:
         self._loaded = state
 
-    def _restore(self, epoch: int) -> int | None:
+    def _restore(self, epoch: int, used: int) -> int | None:
         """Generators and counters as they were when the epoch began; the digest of the order up to the position."""
         state, self._loaded = self._loaded or {}, None
         if "dataset" in state and _is_stateful(self._dataset):
@@ -207,7 +214,8 @@ class SampledFeed:
             return None
         kept, proof = state.get("order"), None
         if kept is not None:
-            same = kept["epoch"] == epoch
+            # From the start of an epoch that had gone on: it is iterated once more, as evaluation does.
+            same = kept["epoch"] == epoch and (used > 0 or not kept["used"])
             self.order.memory.load(kept["begun"] if same else kept["now"])
             proof = kept["digest"] if same and not self.order.known else None
         self._begun = self.order.memory.state()

@@ -213,6 +213,7 @@ def _stream(
         loader.dataset if opened else loader, batch_size=loader.batch_size if opened else None,
         drop_last=opened and loader.drop_last, collate=loader.collate_fn if opened else None, seed=seed, rank=rank,
         every=0 if exact else getattr(loader, "snapshot_every_n_steps", None) or 1, draws=not repeats,
+        shared=workers > 0,
     )  # fmt: skip
     around = None
     if workers or (opened and loader.pin_memory):

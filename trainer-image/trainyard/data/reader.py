@@ -48,7 +48,7 @@ class Reader(IterableDataset[Item]):
 
     def __init__(
         self, source: Any, *, batch_size: int | None, drop_last: bool, collate: Callable[[Any], Any] | None,
-        seed: int, rank: int, every: int, draws: bool = True,
+        seed: int, rank: int, every: int, draws: bool = True, shared: bool = False,
     ) -> None:  # fmt: skip
         self.dataset = source
         self._batch_size, self._drop_last, self._collate = batch_size, drop_last, collate
@@ -58,7 +58,9 @@ class Reader(IterableDataset[Item]):
         self._memory = Memory(source)
         self._ended = False
         # Workers may live on from epoch to epoch; these are what they hear.
-        self._round_epoch = torch.zeros(2, dtype=torch.int64).share_memory_()  # type: ignore[no-untyped-call]
+        self._round_epoch = torch.zeros(2, dtype=torch.int64)
+        if shared:
+            self._round_epoch.share_memory_()  # type: ignore[no-untyped-call]
         self._places: list[Place] = []
         self._first = 0
         self._memories: list[dict[str, Any]] = []

@@ -162,13 +162,15 @@ class StreamFeed:
     # ---- state
 
     def state(self) -> dict[str, Any]:
+        if self._loaded is not None:
+            return self._loaded[0]
         places = self._places
         if not self._workers and self._exact and places and not self._finished:
             kept = self._reader.capture()
             if kept is not None:
                 places = [Place(self._number, kept, self._number)]
         return {
-            "epoch": self._epoch, "workers": self._workers, "turn": self._turn,
+            "epoch": self._epoch, "number": self._number, "workers": self._workers, "turn": self._turn,
             "places": [list(place) for place in places], "finished": self._finished,
             "begun": self._begun, "now": self._memory.state(), "before": self._before, "after": self._after,
             "end": self._reader.capture() if self._finished and not self._workers else None,
@@ -187,7 +189,8 @@ class StreamFeed:
             self._before = self._after
             self._begun = self._memory.state()
             return False
-        same = state["epoch"] == epoch
+        # From the start of an epoch that had gone on: it is iterated once more, as evaluation does.
+        same = state["epoch"] == epoch and (number > 0 or not state["number"])
         if not same:
             self._memory.load(state["now"])
             self._end_as(state["end"])

@@ -39,6 +39,7 @@ class EvaluationLoop:
         trainer, metrics = self.trainer, self.trainer.metrics
         call, stage = trainer.hooks, self.stage
         rng = rng_state() if self.within_fit else None
+        data = [feed.state() for feed in feeds] if self.within_fit else []
         call.refresh()
         before, metrics.stage = metrics.stage, self.results
         self.results.reset()
@@ -60,6 +61,8 @@ class EvaluationLoop:
         self.results.reset()
         if not complete:
             set_rng_state(rng)  # type: ignore[arg-type]
+            for feed, state in zip(feeds, data, strict=True):
+                feed.load_state(state)
         call.refresh()
         return complete
 

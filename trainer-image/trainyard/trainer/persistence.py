@@ -88,10 +88,11 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
 
 def of_rank(trainer: Trainer) -> dict[str, Any]:
     """What only this rank knows: its generators, the sums of its epoch, and what it has logged last."""
-    metrics = trainer.metrics
+    metrics, fits = trainer.metrics, trainer.state.fn == "fit"
     return {
         "rng": rng_state(),
-        "data": trainer.train_feed.state() if trainer.state.fn == "fit" else {},
+        "data": trainer.train_feed.state() if fits else {},
+        "val_data": [feed.state() for feed in trainer.val_feeds] if fits else [],
         "sums": metrics.state_dict(trainer.lightning_module),
         "last": {
             "callback": metrics.callback_metrics(),
@@ -262,12 +263,19 @@ def restore_rank(trainer: Trainer, loaded: Loaded | Source) -> None:
     if own is None:
         reseed(derived_seed("resume", state.seed, state.step, trainer.global_rank))
         if source.first is not None:
-            trainer.train_feed.load_state(source.first["data"], moved=True)
+            _restore_data(trainer, source.first, moved=True)
         return
     if state.mid_epoch:
         trainer.metrics.load_state_dict(trainer.lightning_module, own["sums"])
-    trainer.train_feed.load_state(own["data"])
+    _restore_data(trainer, own)
     set_rng_state(own["rng"])
+
+
+def _restore_data(trainer: Trainer, rank: dict[str, Any], *, moved: bool = False) -> None:
+    trainer.train_feed.load_state(rank["data"], moved=moved)
+    if len(rank["val_data"]) == len(trainer.val_feeds):
+        for feed, state in zip(trainer.val_feeds, rank["val_data"], strict=True):
+            feed.load_state(state, moved=moved)
 
 
 def _source(trainer: Trainer, loaded: Loaded | Source) -> Source:
