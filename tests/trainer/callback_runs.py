@@ -87,3 +87,23 @@ def weights(module: torch.nn.Module) -> dict[str, torch.Tensor]:
 def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     """Bit by bit."""
     return one.keys() == other.keys() and all(torch.equal(one[name], other[name]) for name in one)
+
+
+def fitted(
+    checkpoints: Callback | list[Callback], folder: Path, module: Any = None, **kwargs: Any
+) -> L.Trainer:
+    """A fit of 4 batches an epoch that writes files."""
+    fit = trainer(
+        callbacks=checkpoints,
+        enable_checkpointing=True,
+        num_sanity_val_steps=0,
+        default_root_dir=folder,
+        **kwargs,
+    )
+    fit.fit(module or Scored(), loader(32, 8), loader(8, 8))
+    return fit
+
+
+def listed(folder: Path) -> set[str]:
+    """Its files, of any depth."""
+    return {p.relative_to(folder).as_posix() for p in folder.rglob("*") if not p.is_dir()}

@@ -96,6 +96,32 @@ def test_state_of_two_callbacks_of_one_class_is_kept_apart(tmp_path: Path) -> No
     assert (again.saved, other.saved) == ([3], [103])
 
 
+# ---- logging
+
+
+def test_a_callback_logs_as_the_module_does() -> None:
+    class Logging(Callback):
+        def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+            self.log(
+                "batches",
+                float(trainer.loop_state.total_batches),
+                on_step=False,
+                on_epoch=True,
+                reduce_fx="max",
+            )
+
+        def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+            self.log_dict({"a": 1.0, "b": 2.0})
+
+    fit = trainer(callbacks=Logging())
+    fit.fit(Regression(), loader())
+    assert {name: float(value) for name, value in fit.callback_metrics.items()} == {
+        "batches": 3,
+        "a": 1,
+        "b": 2,
+    }
+
+
 # ---- functions
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -14,6 +15,10 @@ if TYPE_CHECKING:
 
 class Callback:
     """`lightning.pytorch.Callback`. All hooks do nothing, and one that is not overridden costs nothing."""
+
+    log: Callable[..., None]
+    """The module's `log`, from the start of a fit, validate, test or predict on."""
+    log_dict: Callable[..., None]
 
     @property
     def state_key(self) -> str:

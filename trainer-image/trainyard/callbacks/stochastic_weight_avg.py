@@ -116,8 +116,7 @@ class StochasticWeightAveraging(Callback):
         return self._average
 
     def _begin(self, trainer: Trainer, module: LightningModule) -> None:
-        kwargs = {} if self._avg_fn is None else {"avg_fn": self._avg_fn}
-        self._average = Average(module, self._device, use_buffers=False, **kwargs)
+        self._average = Average(module, self._device, use_buffers=False, avg_fn=self._avg_fn)
         optimizer = trainer.optimizers[0]
         scheduler = SWALR(
             optimizer, self._rates, anneal_epochs=self._annealing_epochs, anneal_strategy=self._annealing_strategy  # type: ignore[arg-type]
@@ -136,6 +135,7 @@ class StochasticWeightAveraging(Callback):
             "n_averaged": 0 if average is None else average.count,
             "latest_update_epoch": self._updated_epoch,
             "average_model_state": None if average is None else average.state(),
+            "scheduler_state": None,  # it is among the others'; Lightning asks for the key
         }
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

@@ -22,10 +22,10 @@ _log = logging.getLogger("trainyard")
 class WeightAveraging(Callback):
     """`lightning.pytorch.callbacks.WeightAveraging`: the equal average after every step; override `should_update`.
 
-    `kwargs` go to torch.optim.swa_utils.AveragedModel (`avg_fn`, `multi_avg_fn`). The average takes the weights' place in
-    validation, at the end of training, and under `state_dict` in checkpoints, which have the trained weights under
-    `current_model_state`. Before the first update there is no average, and all is as without this callback. Raises
-    MisconfigurationException where parameters are spread over processes.
+    `kwargs` (`avg_fn`, `multi_avg_fn`) are those of torch.optim.swa_utils.AveragedModel. The average takes the weights'
+    place in validation, at the end of training, and under `state_dict` in checkpoints, which have the trained weights
+    under `current_model_state`. Before the first update there is no average, and all is as without this callback.
+    Raises MisconfigurationException where parameters are spread over processes.
     """
 
     def __init__(
@@ -74,12 +74,14 @@ class WeightAveraging(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._average is None or not self._average.count:
             return
+        self._share(trainer)
         self._average.copy_to(pl_module)
         if trainer.is_global_zero:
             _log.info("the weights are now the average of %d updates", self._average.count)
 
     def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit":
+            self._share(trainer)
             self._swap(pl_module, average=True)
 
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -97,6 +99,11 @@ class WeightAveraging(Callback):
         if self._average is None:
             raise RuntimeError(f"{type(self).__name__}: there is nothing to update before on_fit_start")
         self._average.update(module)
+
+    def _share(self, trainer: Trainer) -> None:
+        """Before the average is used: a resumed run has rank 0's on all ranks, an unbroken one must have no other."""
+        if self._average is not None and self._average.count and trainer.world_size > 1:
+            self._average.share_buffers(trainer.strategy.broadcast)
 
     def _swap(self, module: LightningModule, *, average: bool) -> None:
         if self._average is not None and self._average.count and self._swapped != average:

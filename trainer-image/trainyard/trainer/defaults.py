@@ -81,8 +81,11 @@ def default_summary() -> Callback:
 
 
 def attach_module_callbacks(trainer: Trainer) -> None:
-    """Those of configure_callbacks take the place of the Trainer's of the same class (Lightning's rule)."""
+    """Those of configure_callbacks take the place of the Trainer's of the same class; all may log (Lightning's rules)."""
     own = as_callbacks(trainer.lightning_module.configure_callbacks(), "configure_callbacks")
     if own:
         kinds = {type(c) for c in own}
         trainer.callbacks = in_order([c for c in trainer.callbacks if type(c) not in kinds] + own)
+    module = trainer.lightning_module
+    for callback in trainer.callbacks:
+        callback.log, callback.log_dict = module.log, module.log_dict
