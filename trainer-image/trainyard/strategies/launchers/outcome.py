@@ -12,9 +12,6 @@ if TYPE_CHECKING:
 
 _WEIGHTS = "weights.pt"
 _REST = "rest.pickle"
-_STATE = ("best_model_path", "best_model_score", "last_model_path", "best_k_models", "kth_value", "kth_best_model_path",
-          "current_score")  # fmt: skip
-"""Of checkpoint callbacks: `load_state_dict` does not take up the best ones when the folder is another."""
 
 
 def leave(trainer: Trainer, answer: Any, folder: Path) -> None:
@@ -33,7 +30,7 @@ def leave(trainer: Trainer, answer: Any, folder: Path) -> None:
             {name: value.detach().cpu() for name, value in trainer.callback_metrics.items()},
             dict(trainer.metrics.logged), dict(trainer.metrics.bar),
         ),
-        "callbacks": [_of_callback(callback) for callback in trainer.callbacks],
+        "callbacks": [(callback.state_key, callback.state_dict()) for callback in trainer.callbacks],
     }  # fmt: skip
     try:
         data = pickle.dumps({**rest, "answer": answer})
@@ -60,21 +57,14 @@ def take_over(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any], f
     trainer.loop_state = type(trainer.loop_state).from_state(rest["loop_state"])
     metrics = trainer.metrics
     metrics.callback, metrics.logged, metrics.bar = rest["metrics"]
-    for callback, (key, state, fields) in zip(trainer.callbacks, rest["callbacks"], strict=False):
-        if callback.state_key == key:
-            if state:
-                callback.load_state_dict(state)
-            for field, value in fields.items():
-                setattr(callback, field, value)
+    for callback, (key, state) in zip(trainer.callbacks, rest["callbacks"], strict=False):
+        if state and callback.state_key == key:
+            if (
+                getattr(callback, "dirpath", "") is None
+            ):  # of a ModelCheckpoint, which looked for one in setup
+                callback.dirpath = state.get("dirpath")  # type: ignore[attr-defined]
+            callback.load_state_dict(state)
     return rest["answer"]
-
-
-def _of_callback(callback: Any) -> tuple[str, Any, dict[str, Any]]:
-    return (
-        callback.state_key,
-        callback.state_dict(),
-        {n: getattr(callback, n) for n in _STATE if hasattr(callback, n)},
-    )
 
 
 def _module_of(trainer: Trainer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> LightningModule | None:
