@@ -74,8 +74,9 @@ def eval_feeds(trainer: Trainer, given: Any, stage: str) -> list[Feed]:
 def _feed(trainer: Trainer, loader: Any, stage: str) -> Feed:
     overfits = bool(trainer.overfit_batches) and stage in ("train", "val")
     limit = trainer.overfit_batches if overfits else getattr(trainer, f"limit_{stage}_batches")
+    share = trainer.strategy.distributed_sampler_kwargs
     feed = make_feed(
-        loader, rank=trainer.global_rank, world=trainer.world_size, seed=trainer.loop_state.seed, limit=limit,
+        loader, rank=share["rank"], world=share["num_replicas"], seed=trainer.loop_state.seed, limit=limit,
         resample=trainer.use_distributed_sampler, what=stage, in_order=overfits and str(trainer.state.fn) == "fit",
     )  # fmt: skip
     if feed.batches == 0 and isinstance(limit, float) and limit > 0:
