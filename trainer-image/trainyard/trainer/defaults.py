@@ -10,7 +10,6 @@ from trainyard.callbacks.order import in_order
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers.base import Logger
 from trainyard.loggers.session import default_logger
-from trainyard.utilities.optional import has
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
@@ -42,13 +41,10 @@ def with_defaults(
     callbacks: list[Callback], *, checkpointing: bool, progress_bar: bool, summary: bool, max_time: Any
 ) -> list[Callback]:
     """Adds what is on by default and not there yet. Raises MisconfigurationException for what contradicts itself."""
-    try:
-        from trainyard.callbacks.model_checkpoint import Checkpoint, ModelCheckpoint
-        from trainyard.callbacks.model_summary import ModelSummary
-        from trainyard.callbacks.progress import ProgressBar, default_progress_bar
-        from trainyard.callbacks.timer import Timer
-    except ModuleNotFoundError:  # being written
-        return callbacks
+    from trainyard.callbacks.model_checkpoint import Checkpoint, ModelCheckpoint
+    from trainyard.callbacks.model_summary import ModelSummary, default_model_summary
+    from trainyard.callbacks.progress import ProgressBar, default_progress_bar
+    from trainyard.callbacks.timer import Timer
 
     found = list(callbacks)
     bars = [c for c in found if isinstance(c, ProgressBar)]
@@ -61,23 +57,12 @@ def with_defaults(
     if not bars and progress_bar:
         found.append(default_progress_bar())
     if summary and not any(isinstance(c, ModelSummary) for c in found):
-        found.append(default_summary())
+        found.append(default_model_summary())
     if max_time is not None and not any(isinstance(c, Timer) for c in found):
         found.append(Timer(duration=max_time))
     if checkpointing and not any(isinstance(c, Checkpoint) for c in found):
         found.append(ModelCheckpoint())
     return in_order(found)
-
-
-def default_summary() -> Callback:
-    """A table by rich where it is installed."""
-    if has("rich"):
-        from trainyard.callbacks.rich_model_summary import RichModelSummary
-
-        return RichModelSummary()
-    from trainyard.callbacks.model_summary import ModelSummary
-
-    return ModelSummary()
 
 
 def attach_module_callbacks(trainer: Trainer) -> None:
