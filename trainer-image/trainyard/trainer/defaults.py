@@ -2,25 +2,34 @@
 
 from __future__ import annotations
 
-from pathlib import Path
+import logging
 from typing import TYPE_CHECKING, Any
 
 from trainyard.callbacks.base import Callback
 from trainyard.callbacks.order import in_order
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers.base import Logger
+from trainyard.loggers.dummy import DummyLogger
 from trainyard.loggers.session import default_logger
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
 
+_log = logging.getLogger("trainyard")
 
-def make_loggers(given: Any, root: Path) -> list[Logger]:
-    """For Trainer(logger=...). True: TensorBoard where it is installed, else CSV files."""
-    if given is None or given is True:
-        return [default_logger(root)]
+
+def make_loggers(given: Any, root: str, *, quick: bool) -> list[Logger]:
+    """For Trainer(logger=...). True: TensorBoard where it is installed, else CSV files; both need a folder. `quick`: a
+    fast_dev_run, whose loggers take everything and keep nothing."""
     if given is False:
         return []
+    if quick:
+        return [DummyLogger()]
+    if given is None or given is True:
+        if "://" in root:
+            _log.warning("default_root_dir: loggers write to folders, not to %s; give the Trainer loggers of its own", root)
+            return []
+        return [default_logger(root)]
     loggers = [given] if isinstance(given, Logger) else list(given)
     for logger in loggers:
         if not isinstance(logger, Logger):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from trainyard.optimization.manual import LightningOptimizer
@@ -45,7 +44,7 @@ class TrainerFacade:
     limit_test_batches: int | float | None
     limit_predict_batches: int | float | None
     num_sanity_val_steps: int
-    default_root_dir: Path
+    default_root_dir: str
     val_feeds: list[Feed]
     eval_feeds: list[Feed]
     _module: LightningModule | None
@@ -205,7 +204,7 @@ class TrainerFacade:
     def log_dir(self) -> str | None:
         """Of the first logger, the same on all ranks; without a logger, default_root_dir. Collective."""
         logger = self.logger
-        mine = str(self.default_root_dir) if logger is None else logger.log_dir or logger.save_dir
+        mine = self.default_root_dir if logger is None else logger.log_dir or logger.save_dir
         return self.strategy.peers.broadcast(mine)  # type: ignore[no-any-return]
 
     def _callbacks(self, module: str, kind: str) -> list[Any]:

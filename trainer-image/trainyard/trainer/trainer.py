@@ -107,14 +107,14 @@ class Trainer(CheckpointFiles, TrainerFacade):
             setattr(self, f"limit_{stage}_batches", quick or given[f"limit_{stage}_batches"])
         self.overfit_batches = overfit_batches
         self.num_sanity_val_steps = 0 if quick else _or(given["num_sanity_val_steps"], 2)
-        self.log_every_n_steps = _or(given["log_every_n_steps"], 50) or sys.maxsize
+        self.log_every_n_steps = 1 if quick else _or(given["log_every_n_steps"], 50) or sys.maxsize
         self.accumulate_grad_batches = accumulate_grad_batches
         self.gradient_clip_val, self.gradient_clip_algorithm = gradient_clip_val, gradient_clip_algorithm
         self.inference_mode, self.use_distributed_sampler = inference_mode, use_distributed_sampler
         self.reload_dataloaders_every_n_epochs = reload_dataloaders_every_n_epochs
         self.enable_autolog_hparams = enable_autolog_hparams
-        self.default_root_dir = Path(default_root_dir or Path.cwd())
-        self.loggers = [] if quick else defaults.make_loggers(given["logger"], self.default_root_dir)
+        self.default_root_dir = str(default_root_dir or Path.cwd())
+        self.loggers = defaults.make_loggers(given["logger"], self.default_root_dir, quick=bool(quick))
         saves = given["enable_checkpointing"] is not False and not quick
         self._checkpoint_config = self._pick_checkpoint(checkpoint, saves)
         self.callbacks: list[Callback] = defaults.with_defaults(
