@@ -17,12 +17,14 @@ from trainyard.utilities.hints import parameters_of, type_name
 
 
 class ConversionError(ValueError):
-    """A value that its hint does not allow. `place` says where it was, as `trainer.max_epochs`."""
+    """A value that its hint does not allow. `place` says where it was, as `trainer.max_epochs`; `shaped`: it looks like
+    what the hint asks for, so that of several hints this one was meant."""
 
-    def __init__(self, place: str, problem: str) -> None:
+    def __init__(self, place: str, problem: str, *, shaped: bool = False) -> None:
         super().__init__(f"{place}: {problem}" if place else problem)
         self.place = place
         self.problem = problem
+        self.shaped = shaped
 
 
 class Text(str):
@@ -52,9 +54,12 @@ def convert(value: Any, hint: Any, place: str = "", make: Make | None = None) ->
     if isinstance(value, Text):
         return _of_text(value, hint, place, make)
     origin = typing.get_origin(hint)
-    if hint in (Any, None, object) or isinstance(hint, typing.TypeVar) or origin is typing.Annotated:
-        inner = typing.get_args(hint)[0] if origin is typing.Annotated else None
-        return value if inner is None else convert(value, inner, place, make)
+    if origin is typing.Annotated:
+        return convert(value, typing.get_args(hint)[0], place, make)
+    if hint in (Any, object) or isinstance(hint, typing.TypeVar):
+        return _of_anything(value, place, make)
+    if hint is None:
+        hint = type(None)
     if origin in (Union, types.UnionType):
         return _of_union(value, typing.get_args(hint), hint, place, make)
     if origin is Literal:
@@ -100,6 +105,15 @@ def _try(value: Any, hint: Any, place: str, make: Make | None) -> Any:
         return _NO
 
 
+def _of_anything(value: Any, place: str, make: Make | None) -> Any:
+    """As it is, but for what says itself that it stands for an object."""
+    if make is not None and isinstance(value, Mapping) and "class_path" in value:
+        return make(value, object, place)
+    if isinstance(value, list):
+        return [_of_anything(part, f"{place}[{i}]", make) for i, part in enumerate(value)]
+    return value
+
+
 def _of_union(value: Any, options: tuple[Any, ...], hint: Any, place: str, make: Make | None) -> Any:
     if value is None and type(None) in options:
         return None
@@ -114,7 +128,8 @@ def _of_union(value: Any, options: tuple[Any, ...], hint: Any, place: str, make:
         try:
             return convert(value, option, place, make)
         except ConversionError as error:
-            if error.place != place and (deepest is None or len(error.place) > len(deepest.place)):
+            inside = error.shaped or error.place != place
+            if inside and (deepest is None or len(error.place) > len(deepest.place)):
                 deepest = error
     # An option that failed further inside is the one that was meant.
     raise deepest or _wrong(value, hint, place)
@@ -126,7 +141,7 @@ def _choice(value: Any, by_name: Mapping[str, Any], options: list[Any], place: s
             return option
     if isinstance(value, str) and value in by_name:
         return by_name[value]
-    raise ConversionError(place, f"{value!r} is none of {', '.join(repr(o) for o in options)}")
+    raise ConversionError(place, f"{value!r} is none of {', '.join(repr(o) for o in options)}", shaped=True)
 
 
 def _of_list(value: Any, hint: Any, kind: Any, place: str, make: Make | None) -> Any:
@@ -153,23 +168,23 @@ def _of_mapping(value: Any, hint: Any, place: str, make: Make | None) -> Any:
 
 
 def _imported(value: Any, hint: Any, kind: Any, place: str, make: Make | None) -> Any:
-    """A class or function, from its import path."""
+    """A class or function, from its import path; for a Callable also what a class_path leads to."""
     from trainyard.utilities.hints import import_path
 
     if callable(value):
         return value
-    if isinstance(value, str) and make is not None:
-        try:
-            found = import_path(value)
-        except ImportError as error:
-            raise ConversionError(place, str(error)) from None
-        base = typing.get_args(hint)
-        if kind is type and base and isinstance(base[0], type) and not issubclass(found, base[0]):
-            raise ConversionError(place, f"{value} is no subclass of {type_name(base[0])}")
-        return found
-    if isinstance(value, Mapping) and make is not None:
-        return make(value, object, place)
-    raise _wrong(value, hint, place)
+    if make is not None and kind is not type and isinstance(value, Mapping):
+        return make(value, hint, place)
+    if make is None or not isinstance(value, str):
+        raise _wrong(value, hint, place)
+    try:
+        found = import_path(value)
+    except ImportError as error:
+        raise ConversionError(place, str(error)) from None
+    base = typing.get_args(hint)
+    if kind is type and base and isinstance(base[0], type) and not issubclass(found, base[0]):
+        raise ConversionError(place, f"{value} is no subclass of {type_name(base[0])}")
+    return found
 
 
 def _of_class(value: Any, kind: type, place: str, make: Make | None) -> Any:  # a table of types
@@ -185,13 +200,7 @@ def _of_class(value: Any, kind: type, place: str, make: Make | None) -> Any:  # 
         if isinstance(value, int | float) and not isinstance(value, bool):
             return float(value)
     elif issubclass(kind, enum.Enum):
-        if isinstance(value, kind):
-            return value
-        return (
-            _choice(value, dict(kind.__members__), [m.value for m in kind], place)
-            if value in kind.__members__
-            else kind(_choice(value, {}, [m.value for m in kind], place))
-        )
+        return _member(value, kind, place)
     elif isinstance(value, kind):
         return value
     elif issubclass(kind, PurePath):
@@ -218,6 +227,17 @@ def _of_class(value: Any, kind: type, place: str, make: Make | None) -> Any:  # 
     raise _wrong(value, kind, place)
 
 
+def _member(value: Any, kind: type[enum.Enum], place: str) -> enum.Enum:
+    if isinstance(value, str) and value in kind.__members__:
+        return kind[value]
+    try:
+        return kind(value)
+    except ValueError:
+        raise ConversionError(
+            place, f"{value!r} is none of {', '.join(kind.__members__)}", shaped=True
+        ) from None
+
+
 def _torch_value(value: Any, kind: type) -> Any:
     """A device, dtype or array of what stands for it; None if it does not."""
     if kind.__module__ == "torch" and isinstance(value, str):
@@ -241,8 +261,11 @@ def _dataclass(value: Mapping[str, Any], kind: type, place: str, make: Make | No
     arguments = {k: convert(v, known[k].hint, f"{place}.{k}", make) for k, v in value.items()}
     missing = [name for name, p in known.items() if p.required and name not in arguments]
     if missing:
-        raise ConversionError(place, f"{type_name(kind)} needs {', '.join(missing)}")
-    return kind(**arguments)
+        raise ConversionError(place, f"{type_name(kind)} needs {', '.join(missing)}", shaped=True)
+    try:
+        return kind(**arguments)
+    except (TypeError, ValueError) as error:  # what its __post_init__ says
+        raise ConversionError(place, str(error), shaped=True) from error
 
 
 def _wrong(value: Any, hint: Any, place: str) -> ConversionError:

@@ -7,6 +7,8 @@ import re
 from collections.abc import Hashable
 from typing import Any
 
+from trainyard.utilities.optional import require
+
 
 class YamlError(ValueError):
     """One line, with the place in the file."""
@@ -14,10 +16,9 @@ class YamlError(ValueError):
 
 def parse(text: str, name: str = "") -> Any:
     """Raises YamlError. As YAML 1.2 has it, `1e-3` is a number and `no` is a string; a key may stand once."""
-    import yaml
-
+    yaml = require("yaml", "cli", "a YAML file")
     try:
-        return yaml.load(text, Loader=_loader())  # noqa: S506 - derived from the SafeLoader
+        return yaml.load(text, Loader=_loader())
     except yaml.YAMLError as error:
         mark = getattr(error, "problem_mark", None)
         place = f", line {mark.line + 1}, column {mark.column + 1}" if mark is not None else ""
@@ -27,15 +28,14 @@ def parse(text: str, name: str = "") -> Any:
 
 def dump(data: Any) -> str:
     """Plain data, keys in their order."""
-    import yaml
-
+    yaml = require("yaml", "cli", "a YAML file")
     text: str = yaml.dump(data, Dumper=_dumper(), sort_keys=False, allow_unicode=True)
     return text
 
 
 @functools.cache
 def _loader() -> Any:
-    import yaml
+    yaml = require("yaml", "cli", "a YAML file")
 
     class Loader(yaml.SafeLoader):
         yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's name for a table that subclasses replace
@@ -64,7 +64,7 @@ def _loader() -> Any:
 
 @functools.cache
 def _dumper() -> Any:
-    import yaml
+    yaml = require("yaml", "cli", "a YAML file")
 
     class Dumper(yaml.SafeDumper):
         def ignore_aliases(self, data: Any) -> bool:
