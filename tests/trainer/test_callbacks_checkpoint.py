@@ -61,6 +61,15 @@ def test_names_as_users_ask_for_them(tmp_path: Path) -> None:
     assert remote == "s3://bucket/run/epoch=0-step=0.ckpt"
 
 
+def test_places(tmp_path: Path) -> None:
+    (tmp_path / "real").mkdir()
+    (tmp_path / "link").symlink_to("real")
+    assert ModelCheckpoint(dirpath=tmp_path / "link").dirpath == f"{tmp_path}/real"
+    assert ModelCheckpoint(dirpath=f"file://{tmp_path}/a%20b").dirpath == f"{tmp_path}/a b"
+    with pytest.raises(MisconfigurationException, match="gs://"):
+        ModelCheckpoint(dirpath="gs://bucket/run")
+
+
 def test_state_key_is_lightnings() -> None:
     key = ModelCheckpoint(monitor="a", train_time_interval=timedelta(minutes=1)).state_key
     assert key == (

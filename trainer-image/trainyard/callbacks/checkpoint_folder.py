@@ -98,13 +98,15 @@ def relative(folder: str | None, path: str) -> str:
 
 
 def is_remote(path: str) -> bool:
-    return "://" in path
+    return path.startswith("s3://")
 
 
 def whole(path: str | os.PathLike[str]) -> str:
-    """Links resolved and `~` expanded; what is no local path stays."""
+    """Links resolved and `~` expanded; s3:// stays. Raises MisconfigurationException for another scheme than file://."""
+    from trainyard.trainer import ckpt_file
+
     text = os.fspath(path)
-    return text.rstrip("/") if is_remote(text) else str(Path(text).expanduser().resolve())
+    return text.rstrip("/") if is_remote(text) else str(ckpt_file.local_path(text).resolve())
 
 
 def listing(folder: str, extension: str) -> set[str]:
