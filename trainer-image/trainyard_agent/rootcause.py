@@ -18,7 +18,8 @@ _ECHO = re.compile(
     r"|timed out waiting|wait timeout|socket timeout|application timeout|failed to (recv|connect)|recvvalue failed"
     r"|sendbytes failed|no route to host|nccl ?remote ?error|remote process exited|network error"
     r"|nccl communicator was aborted|communicator is aborted|watchdog caught collective"
-    r"|connectfullmesh|gloo.{0,80}timeout|distnetworkerror|diststoreerror",
+    r"|connectfullmesh|gloo.{0,80}timeout|distnetworkerror|diststoreerror"
+    r"|^peerfailed: ",  # trainyard.failure: ended because of another rank
     re.IGNORECASE,
 )
 
