@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import difflib
 from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from trainyard.errors import MisconfigurationException
-from trainyard.plugins.precision.mixed import MixedPrecision
-from trainyard.strategies.base import Step
+from trainyard.strategies import fsdp_arguments as arguments
 from trainyard.strategies.materialize import materialize
-from trainyard.strategies.parallel import ParallelStrategy
+from trainyard.strategies.sharded import ShardedStrategy
 from trainyard.strategies.wrapping import Policy, chosen, shardable
 
 if TYPE_CHECKING:
@@ -23,20 +21,8 @@ if TYPE_CHECKING:
 
     from trainyard.core.module import LightningModule
 
-SHARDING = ("FULL_SHARD", "SHARD_GRAD_OP", "HYBRID_SHARD", "_HYBRID_SHARD_ZERO2", "NO_SHARD")
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
-_MEANINGLESS = {
-    "use_orig_params", "limit_all_gathers", "forward_prefetch", "backward_prefetch", "sync_module_states",
-    "param_init_fn",
-}  # fmt: skip
-"""Arguments of the FullyShardedDataParallel that Lightning uses, whose subject `fully_shard` settles itself."""
-_BASE = {
-    "timeout", "process_group_backend", "start_method", "accelerator", "precision_plugin", "parallel_devices",
-    "cluster_environment", "checkpoint_io",
-}  # fmt: skip
 
-
-class FSDPStrategy(ParallelStrategy):
+class FSDPStrategy(ShardedStrategy):
     """torch.distributed.fsdp.fully_shard, with the arguments of Lightning's FSDPStrategy.
 
     * `auto_wrap_policy`: modules that are gathered and freed as one; see `wrapping.chosen`.
@@ -48,7 +34,7 @@ class FSDPStrategy(ParallelStrategy):
     * `cpu_offload`: parameters, gradients and optimizer states live on the CPU, and go to the device layer by layer.
     * `activation_checkpointing_policy`: modules (as in `auto_wrap_policy`) whose activations are computed again in the
       backward pass.
-    * `state_dict_type`: "full" or "sharded"; how `Trainer.save_checkpoint` writes. The elastic checkpoints do not ask.
+    * `state_dict_type`: "full"; "sharded" is taken, and says that files are whole all the same.
     * `init_on_meta`: layers made in configure_model take no memory until they are sharded. They then get their values from
       their `reset_parameters`, so it is only right for models that initialise nothing otherwise.
     * `gather_on_teardown`: after a run, every rank's module is whole again, on the CPU.
@@ -60,9 +46,6 @@ class FSDPStrategy(ParallelStrategy):
     """
 
     name = "fsdp"
-    forward_is_collective = True
-    allows_inference_mode = False
-    """What is gathered in inference mode can never be trained with (torch: inference tensors)."""
 
     def __init__(
         self, *, auto_wrap_policy: Policy = None, sharding_strategy: Any = "FULL_SHARD",
@@ -72,26 +55,13 @@ class FSDPStrategy(ParallelStrategy):
         gather_on_teardown: bool = True, ignored_states: Any = None, ignored_modules: Any = None,
         ignored_params: Any = None, **kwargs: Any,
     ) -> None:  # fmt: skip
-        super().__init__(**_check(kwargs))
-        self.sharding_strategy = _sharding(sharding_strategy)
-        if state_dict_type not in ("full", "sharded"):
-            raise MisconfigurationException(
-                f"state_dict_type: {state_dict_type!r} is neither 'full' nor 'sharded'"
-            )
+        super().__init__(**arguments.of_parallel(kwargs))
+        self.sharding_strategy = arguments.sharding(sharding_strategy, device_mesh)
+        self.state_dict_type = arguments.state_dict_type(state_dict_type)
         if activation_checkpointing is not None and activation_checkpointing_policy is not None:
             raise MisconfigurationException(
                 "activation_checkpointing: it is the old name of activation_checkpointing_policy; give one of them"
             )
-        if (
-            device_mesh is not None
-            and "HYBRID" not in self.sharding_strategy
-            and isinstance(device_mesh, tuple)
-        ):
-            raise MisconfigurationException(
-                f"device_mesh: (replicas, shards) has a meaning with sharding_strategy='HYBRID_SHARD' only, not with "
-                f"{self.sharding_strategy!r}"
-            )
-        self.state_dict_type = state_dict_type
         self.auto_wrap_policy = auto_wrap_policy
         self.activation_checkpointing_policy = activation_checkpointing_policy or activation_checkpointing
         self.cpu_offload = bool(getattr(cpu_offload, "offload_params", cpu_offload))
@@ -100,7 +70,6 @@ class FSDPStrategy(ParallelStrategy):
         self.gather_on_teardown = gather_on_teardown
         self._ignored = [*(ignored_states or ()), *(ignored_modules or ()), *(ignored_params or ())]
         self._given_mesh = device_mesh
-        self._mesh: DeviceMesh | None = None
         self._checkpointed: list[nn.Module] = []
 
     # ---- where
@@ -115,23 +84,8 @@ class FSDPStrategy(ParallelStrategy):
     def _offloads(self) -> bool:
         return self.cpu_offload and self.device.type != "cpu"
 
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """After `connect`: ("dp_shard",), or ("dp_replicate", "dp_shard")."""
-        if self._mesh is None:
-            raise RuntimeError("device_mesh: there is none before the processes are connected")
-        return self._mesh
-
-    def connect(self) -> None:
-        super().connect()
-        if self._mesh is None:
-            self._mesh = self._make_mesh()
-
-    def disconnect(self) -> None:
-        super().disconnect()
-        self._mesh = None
-
-    def _make_mesh(self) -> DeviceMesh:
+    def make_mesh(self) -> DeviceMesh:
+        """("dp_shard",), or ("dp_replicate", "dp_shard")."""
         from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 
         given, world = self._given_mesh, self.world_size
@@ -170,8 +124,7 @@ class FSDPStrategy(ParallelStrategy):
             self.precision.convert_module(module)
             self._recompute(module)
             self._shard(module)
-        for name in _STEPS:
-            self._register(module, name)
+        self.register_steps(module)
 
     def _shard(self, module: LightningModule) -> None:
         """Block by block, so that no more than one of them is ever whole on the device."""
@@ -179,7 +132,10 @@ class FSDPStrategy(ParallelStrategy):
 
         from trainyard.strategies.placing import place
 
-        policy, ignored = self._precision_policy(), self._ignored_parameters()
+        policy, ignored = (
+            arguments.precision_policy(self.mixed_precision, self.precision),
+            self._ignored_parameters(),
+        )
         common: dict[str, Any] = {"mesh": self.device_mesh, "ignored_params": ignored or None}
         if self._offloads:
             from torch.distributed.fsdp import CPUOffloadPolicy
@@ -195,24 +151,6 @@ class FSDPStrategy(ParallelStrategy):
             place(block, self.device, placed, sync=self.world_size > 1, ignored=ignored)
             own = MixedPrecisionPolicy() if _is_norm(block) else policy
             fully_shard(block, mp_policy=own, reshard_after_forward=False if keeps else None, **common)
-
-    def _precision_policy(self) -> Any:
-        from torch.distributed.fsdp import MixedPrecisionPolicy
-
-        given = self.mixed_precision
-        if isinstance(given, MixedPrecisionPolicy):
-            return given
-        if given is not None:
-            return MixedPrecisionPolicy(
-                param_dtype=getattr(given, "param_dtype", None), reduce_dtype=getattr(given, "reduce_dtype", None),
-                cast_forward_inputs=bool(getattr(given, "cast_forward_inputs", True)),
-            )  # fmt: skip
-        if isinstance(self.precision, MixedPrecision):
-            # Autocast decides about inputs: a batch may hold targets that must keep their digits.
-            return MixedPrecisionPolicy(
-                param_dtype=self.precision.dtype, reduce_dtype=torch.float32, cast_forward_inputs=False
-            )
-        return MixedPrecisionPolicy()
 
     def _ignored_parameters(self) -> set[nn.Parameter]:
         found: set[nn.Parameter] = set()
@@ -235,31 +173,6 @@ class FSDPStrategy(ParallelStrategy):
             part.forward = recomputed
             self._checkpointed.append(part)
 
-    def _register(self, module: Any, name: str) -> None:
-        """The step under another name, gathering the root's own parameters around itself.
-
-        Not under its own: torch's wrapper hides how many arguments the step takes.
-        """
-        from torch.distributed.fsdp import register_fsdp_forward_method
-
-        if callable(getattr(module, name, None)):
-            setattr(module, _sharded(name), getattr(module, name))
-            register_fsdp_forward_method(module, _sharded(name))
-
-    def step(self, module: Any, name: str) -> Step:
-        method: Step = getattr(module, _sharded(name))
-        if name == "training_step":
-            return method
-
-        def run(*args: Any) -> Any:
-            """No backward pass will free what was gathered, and whoever looks at the parameters wants to see shards."""
-            try:
-                return method(*args)
-            finally:
-                module.reshard()
-
-        return run
-
     def setup_optimizers(self, module: LightningModule, optimizers: list[Optimizer]) -> list[Optimizer]:
         """Raises MisconfigurationException for an optimizer that was made before the parameters were sharded."""
         known = {id(p) for p in module.parameters()}
@@ -274,8 +187,7 @@ class FSDPStrategy(ParallelStrategy):
     def teardown(self, module: Any) -> None:
         from trainyard.strategies.unshard import unshard
 
-        for name in _STEPS:
-            module.__dict__.pop(_sharded(name), None)
+        self.forget_steps(module)
         if not self.gather_on_teardown:
             return
         unshard(module)
@@ -295,65 +207,6 @@ class FSDPStrategy(ParallelStrategy):
             yield
         finally:
             module.set_requires_gradient_sync(True)
-
-    def clip_gradients(
-        self, module: LightningModule, optimizer: Optimizer, value: float, algorithm: str
-    ) -> None:
-        from trainyard.strategies.sharded_state import clip_norm
-
-        if algorithm == "value":
-            super().clip_gradients(module, optimizer, value, algorithm)
-            return
-        self.precision.unscale(optimizer)
-        clip_norm([p for group in optimizer.param_groups for p in group["params"]], value)
-
-    # ---- state
-
-    def model_state(self, module: LightningModule) -> dict[str, Any]:
-        from trainyard.strategies.sharded_state import whole_model
-
-        return whole_model(module, keep=self.is_global_zero)
-
-    def load_model_state(
-        self, module: LightningModule, state: dict[str, Any], *, strict: bool = True
-    ) -> None:
-        from trainyard.strategies.sharded_state import load_whole_model
-
-        load_whole_model(module, state, strict=strict)
-
-    def optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
-        from trainyard.strategies.sharded_state import whole_optimizer
-
-        return whole_optimizer(optimizer, keep=self.is_global_zero)
-
-    def load_optimizer_state(
-        self, module: LightningModule, optimizer: Optimizer, state: dict[str, Any]
-    ) -> None:
-        from trainyard.strategies.sharded_state import load_whole_optimizer
-
-        load_whole_optimizer(optimizer, state)
-
-
-def _check(kwargs: dict[str, Any]) -> dict[str, Any]:
-    """Raises MisconfigurationException for what nobody knows."""
-    for name in kwargs:
-        if name not in _BASE | _MEANINGLESS:
-            near = difflib.get_close_matches(name, sorted(_BASE | _MEANINGLESS), n=1)
-            hint = f"; did you mean {near[0]!r}?" if near else ""
-            raise MisconfigurationException(f"{name}: FSDPStrategy does not take it{hint}")
-    return {name: value for name, value in kwargs.items() if name in _BASE}
-
-
-def _sharding(given: Any) -> str:
-    """A name, or a member of torch.distributed.fsdp.ShardingStrategy."""
-    name = str(getattr(given, "name", given)).upper()
-    if name not in SHARDING:
-        raise MisconfigurationException(f"sharding_strategy: {given!r} is none of {', '.join(SHARDING)}")
-    return name
-
-
-def _sharded(step: str) -> str:
-    return f"_sharded_{step}"
 
 
 def _is_norm(module: nn.Module) -> bool:

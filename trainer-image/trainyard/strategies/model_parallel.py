@@ -9,35 +9,31 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from trainyard.errors import MisconfigurationException
-from trainyard.strategies.base import Step
+from trainyard.strategies.fsdp_arguments import state_dict_type
 from trainyard.strategies.materialize import materialize
-from trainyard.strategies.parallel import ParallelStrategy
+from trainyard.strategies.sharded import ShardedStrategy
 
 if TYPE_CHECKING:
     from torch.distributed.device_mesh import DeviceMesh
-    from torch.optim import Optimizer
 
     from trainyard.core.module import LightningModule
 
-_STEPS = ("training_step", "validation_step", "test_step", "predict_step")
 
-
-class ModelParallelStrategy(ParallelStrategy):
+class ModelParallelStrategy(ShardedStrategy):
     """`configure_model` finds the mesh in `self.device_mesh`, with the dimensions "data_parallel" and "tensor_parallel", and
     applies torch.distributed.tensor.parallel.parallelize_module and torch.distributed.fsdp.fully_shard to its layers.
 
     "auto" is one data-parallel group a node, and the node's processes for tensor parallelism (Lightning's rule). Processes
-    of one tensor-parallel group get the same batches. Raises MisconfigurationException if nothing in the module is
-    distributed, or the sizes do not make up the world.
+    of one tensor-parallel group get the same batches. Checkpoint files are whole; `save_distributed_checkpoint=True` is
+    taken, and says so. Raises MisconfigurationException if nothing in the module is distributed, or the sizes do not make
+    up the world.
     """
 
     name = "model_parallel"
-    forward_is_collective = True
-    allows_inference_mode = False
 
     def __init__(
         self, data_parallel_size: int | str = "auto", tensor_parallel_size: int | str = "auto",
-        save_distributed_checkpoint: bool = True, **kwargs: Any,
+        save_distributed_checkpoint: bool = False, **kwargs: Any,
     ) -> None:  # fmt: skip
         super().__init__(**kwargs)
         for name, size in (
@@ -46,28 +42,18 @@ class ModelParallelStrategy(ParallelStrategy):
             if size != "auto" and not (isinstance(size, int) and size >= 1):
                 raise MisconfigurationException(f"{name}: {size!r} is neither a positive number nor 'auto'")
         self._sizes = data_parallel_size, tensor_parallel_size
-        self.state_dict_type = "sharded" if save_distributed_checkpoint else "full"
-        self._mesh: DeviceMesh | None = None
-
-    @property
-    def device_mesh(self) -> DeviceMesh:
-        """After `connect`. Raises RuntimeError."""
-        if self._mesh is None:
-            raise RuntimeError("device_mesh: there is none before the processes are connected")
-        return self._mesh
+        self.state_dict_type = state_dict_type("sharded" if save_distributed_checkpoint else "full")
 
     @property
     def distributed_sampler_kwargs(self) -> dict[str, int]:
         mesh = self.device_mesh["data_parallel"]
         return {"num_replicas": mesh.size(), "rank": mesh.get_local_rank()}
 
-    def connect(self) -> None:
+    def make_mesh(self) -> DeviceMesh:
         from torch.distributed.device_mesh import init_device_mesh
 
-        super().connect()
-        if self._mesh is None:
-            names = ("data_parallel", "tensor_parallel")
-            self._mesh = init_device_mesh(self.device.type, self._shape(), mesh_dim_names=names)
+        names = ("data_parallel", "tensor_parallel")
+        return init_device_mesh(self.device.type, self._shape(), mesh_dim_names=names)
 
     def _shape(self) -> tuple[int, int]:
         data, tensor = self._sizes
@@ -80,10 +66,6 @@ class ModelParallelStrategy(ParallelStrategy):
             )
         return data, tensor
 
-    def disconnect(self) -> None:
-        super().disconnect()
-        self._mesh = None
-
     @contextlib.contextmanager
     def init_context(self, empty_init: bool | None = None) -> Iterator[None]:
         """`empty_init`: on the meta device; layers get their values from `reset_parameters` once they are sharded."""
@@ -91,7 +73,6 @@ class ModelParallelStrategy(ParallelStrategy):
             yield
 
     def setup(self, module: LightningModule, *, training: bool) -> None:
-        from torch.distributed.fsdp import FSDPModule, register_fsdp_forward_method
         from torch.distributed.tensor import DTensor
 
         self._module = module
@@ -104,14 +85,7 @@ class ModelParallelStrategy(ParallelStrategy):
         self.precision.convert_module(module)
         materialize(module, self.device)
         module.to(self.device)
-        if isinstance(module, FSDPModule):
-            for name in _STEPS:
-                setattr(module, f"_sharded_{name}", getattr(module, name))
-                register_fsdp_forward_method(module, f"_sharded_{name}")
-
-    def step(self, module: LightningModule, name: str) -> Step:
-        method: Step = getattr(module, f"_sharded_{name}", None) or getattr(module, name)
-        return method
+        self.register_steps(module)
 
     @contextlib.contextmanager
     def no_sync(self) -> Iterator[None]:
@@ -129,40 +103,4 @@ class ModelParallelStrategy(ParallelStrategy):
 
     def teardown(self, module: LightningModule) -> None:
         """The module stays as `configure_model` made it."""
-        for name in _STEPS:
-            module.__dict__.pop(f"_sharded_{name}", None)
-
-    def clip_gradients(
-        self, module: LightningModule, optimizer: Optimizer, value: float, algorithm: str
-    ) -> None:
-        from trainyard.strategies.sharded_state import clip_norm
-
-        if algorithm == "value":
-            super().clip_gradients(module, optimizer, value, algorithm)
-            return
-        self.precision.unscale(optimizer)
-        clip_norm([p for group in optimizer.param_groups for p in group["params"]], value)
-
-    def model_state(self, module: LightningModule) -> dict[str, Any]:
-        from trainyard.strategies.sharded_state import whole_model
-
-        return whole_model(module, keep=self.is_global_zero)
-
-    def load_model_state(
-        self, module: LightningModule, state: dict[str, Any], *, strict: bool = True
-    ) -> None:
-        from trainyard.strategies.sharded_state import load_whole_model
-
-        load_whole_model(module, state, strict=strict)
-
-    def optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
-        from trainyard.strategies.sharded_state import whole_optimizer
-
-        return whole_optimizer(optimizer, keep=self.is_global_zero)
-
-    def load_optimizer_state(
-        self, module: LightningModule, optimizer: Optimizer, state: dict[str, Any]
-    ) -> None:
-        from trainyard.strategies.sharded_state import load_whole_optimizer
-
-        load_whole_optimizer(optimizer, state)
+        self.forget_steps(module)

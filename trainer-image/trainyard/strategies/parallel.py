@@ -91,7 +91,7 @@ class ParallelStrategy(Strategy):
     def disconnect(self) -> None:
         import torch.distributed as dist
 
-        if self._connected:
+        if self._connected and dist.is_initialized():  # the script may have been quicker
             self.barrier()  # nobody tears down connections that another one still uses
             dist.destroy_process_group()
             self._connected, self.peers = False, Alone()

@@ -48,7 +48,8 @@ def _restore(part: Any) -> None:
 
     state, sharded = part._get_fsdp_state(), type(part)
     handles = [state._pre_forward_hook_handle, state._post_forward_hook_handle]
-    for group in state._fsdp_param_groups:
+    # torch before 2.12 has one group in each state.
+    for group in getattr(state, "_fsdp_param_groups", None) or filter(None, [state._fsdp_param_group]):
         handles += group._module_to_pre_save_state_dict_hook_handle.values()
         handles += group._module_to_pre_load_state_dict_hook_handle.values()
     for handle in handles:
