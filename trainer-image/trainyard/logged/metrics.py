@@ -41,7 +41,7 @@ class Metrics:
         self.loader: int | None = None
         """Number of the evaluation loader, when there are several."""
         self.quiet = False
-        """In the sanity check nothing is kept."""
+        """In the sanity check nothing is published, and `end_quiet` forgets what callbacks could read."""
         self.callback: dict[str, torch.Tensor] = {}
         self.logged: dict[str, float] = {}
         self.bar: dict[str, float] = {}
@@ -124,18 +124,17 @@ class Metrics:
     def flush_step(self, *, step: int, epoch: int) -> None:
         """Collective if a key has sync_dist."""
         values = self.stage.step_values(self._strategy)
-        if self.quiet or not values:
+        if not values:
             return
         named = {step_name(n, o): (o, v) for n, (o, v) in values.items()}
         self.callback.update({n: v for n, (_, v) in named.items()})
         self.callback.update({n: v for n, (_, v) in values.items()})
-        self._publish(named, step=step, epoch=epoch)
+        if not self.quiet:
+            self._publish(named, step=step, epoch=epoch)
 
     def flush_epoch(self, results: Results, *, step: int, epoch: int) -> dict[str, float]:
         """Collective: reduce what was logged with on_epoch since the last call; the numbers by the names they go under."""
         values = results.epoch_values(self._strategy)
-        if self.quiet:
-            return {}
         if results is self.train:  # what the last steps logged must not hide the epoch's values
             self.callback.update(self._unpublished())
             for item in results.items.values():
@@ -143,10 +142,18 @@ class Metrics:
         named: Values = {epoch_name(n, o): (o, v) for n, (o, v) in values.items()}
         self.callback.update({n: v for n, (_, v) in named.items()})
         self.callback.update({n: v for n, (_, v) in values.items()})
+        if self.quiet:
+            return {}
         floats = self._publish(named, step=step, epoch=epoch)
         if results is self.validate:
             self.validation.update(floats)
         return floats
+
+    def end_quiet(self) -> None:
+        """After the sanity check: hooks have found its values, as they do in Lightning, and nobody else does."""
+        self.quiet = False
+        self.callback.clear()
+        self.validate.reset()
 
     def finalize(self, status: str) -> None:
         self.each_logger(lambda logger: logger.finalize(status))

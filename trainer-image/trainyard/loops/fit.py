@@ -201,8 +201,7 @@ class FitLoop:
             self.call("on_sanity_check_start")
             self.validation.run(trainer.val_feeds, limit=None if batches < 0 else batches)
             self.call("on_sanity_check_end")
-            self.metrics.quiet = False
-            self.metrics.validate.reset()
+            self.metrics.end_quiet()
 
     def validate(self) -> None:
         """Left in the middle when all ranks are on their way out: then it is done anew after the resume."""
