@@ -162,6 +162,22 @@ def test_a_broken_run_ends_with_the_same_weights(tmp_path: Path, make: Any) -> N
         assert again.trainable == seen.trainable[-len(again.rates) :], stop  # type: ignore[attr-defined]
 
 
+def test_what_lightning_had_unfrozen_is_trained(tmp_path: Path) -> None:
+    """Its files have the groups only."""
+    fit = trainer(callbacks=BackboneFinetuning(1), max_epochs=2)
+    fit.fit(Grown(), loader(16, 8))
+    fit.save_checkpoint(tmp_path / "a.ckpt")
+    saved = torch.load(tmp_path / "a.ckpt", weights_only=True)
+    del saved["callbacks"]["BackboneFinetuning"]["trainyard"]
+    torch.save(saved, tmp_path / "a.ckpt")
+    seen = Seen()
+    trainer(callbacks=[BackboneFinetuning(1), seen], max_epochs=3).fit(
+        Grown(), loader(16, 8), ckpt_path=tmp_path / "a.ckpt"
+    )
+    assert seen.sizes == [[2, 6]]
+    assert all(seen.trainable[0])
+
+
 # ---- several processes
 
 SCRIPT = """

@@ -139,7 +139,12 @@ class BaseFinetuning(Callback):
             ]
         if "trainable" in state:
             _set_trainable(pl_module, set(state["trainable"]), set(state["tracking"]))
-            trainer.strategy.trainable_changed(pl_module)
+        else:  # a file of Lightning's, which does not say, but nobody optimizes what is frozen
+            for optimizer in trainer.optimizers:
+                for group in optimizer.param_groups:
+                    for parameter in group["params"]:
+                        parameter.requires_grad = True
+        trainer.strategy.trainable_changed(pl_module)
 
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         epoch = trainer.current_epoch
