@@ -11,6 +11,7 @@ import torch
 from tests.trainer import strategy_cases as cases
 from tests.trainer.forkhost import Host
 from tests.trainer.test_strategies import run_case
+from trainyard.accelerators import CPUAccelerator
 from trainyard.errors import MisconfigurationException
 
 
@@ -110,3 +111,16 @@ def test_an_accelerator_that_is_not_there() -> None:
 def test_an_optimizer_of_parameters_that_are_gone(host: Host, tmp_path: Path) -> None:
     for rank in run_case(host, tmp_path, "early_optimizer", 2):
         assert "configure_optimizers: optimizer 0 (SGD) has parameters that the module has no more" in rank
+
+
+def test_modules_made_in_the_trainers_context() -> None:
+    made = cases.trainer(precision="64-true")
+    assert isinstance(made.accelerator, CPUAccelerator)
+    with made.init_module():
+        assert torch.nn.Linear(2, 2).weight.dtype == torch.float64
+    before = torch.get_rng_state()
+    with made.init_module(empty_init=True):
+        torch.nn.Linear(64, 64)
+    assert torch.equal(before, torch.get_rng_state())
+    with cases.trainer(strategy="fsdp").init_module(empty_init=True):
+        assert torch.nn.Linear(2, 2).weight.is_meta

@@ -11,6 +11,7 @@ if TYPE_CHECKING:
     import torch
     from torch.optim import Optimizer
 
+    from trainyard.accelerators import Accelerator
     from trainyard.callbacks.base import Callback
     from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
@@ -107,6 +108,10 @@ class TrainerFacade:
     def lightning_optimizers(self) -> list[LightningOptimizer]:
         """What `LightningModule.optimizers()` gives."""
         return [LightningOptimizer(optimizer, self) for optimizer in self.optimizers]  # type: ignore[arg-type]
+
+    @property
+    def accelerator(self) -> Accelerator:
+        return self.strategy.kind
 
     @property
     def precision(self) -> str:

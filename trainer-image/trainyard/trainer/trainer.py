@@ -445,8 +445,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
         import contextlib
 
         stack = contextlib.ExitStack()
-        stack.enter_context(self.strategy.init_context())
         stack.enter_context(self.strategy.device)
+        stack.enter_context(self.strategy.init_context(empty_init))  # last, for it may be the meta device
         return stack
 
     @staticmethod
