@@ -16,7 +16,7 @@ BATCHES = 5
 
 
 def make(pl: Any) -> tuple[Any, Any]:
-    class Model(pl.LightningModule):
+    class Model(pl.LightningModule):  # type: ignore[misc]
         def __init__(self, lr: float = 0.05, width: int = 3) -> None:
             super().__init__()
             self.save_hyperparameters()
@@ -41,7 +41,7 @@ def make(pl: Any) -> tuple[Any, Any]:
             schedule = torch.optim.lr_scheduler.ExponentialLR(optimizer, 0.95)
             return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
-    class Data(pl.LightningDataModule):
+    class Data(pl.LightningDataModule):  # type: ignore[misc]
         def __init__(self, count: int = 20) -> None:
             super().__init__()
             self.save_hyperparameters()

@@ -73,7 +73,7 @@ class Net(L.LightningModule):
         return self(batch[0])
 
     def configure_optimizers(self) -> Any:
-        return self.make_optimizer(self.parameters(), lr=self.hparams.lr)
+        return self.make_optimizer(self.parameters(), lr=self.hparams.lr)  # type: ignore[call-arg]
 
 
 class Deep(Net):

@@ -25,7 +25,7 @@ from trainyard.loops.state import LoopState
 from trainyard.trainer import ckpt_file, ckpt_layout
 from trainyard.trainer.ckpt_errors import CheckpointFileDamaged, CheckpointFileNotFound, UnsafeCheckpoint
 
-CHECKPOINT = {
+CHECKPOINT: dict[str, Any] = {
     "state_dict": {"w": torch.arange(3000.0), "b": torch.ones(2, dtype=torch.bfloat16)},
     "epoch": 3,
     "x": [None, "a"],

@@ -20,7 +20,7 @@ from trainyard.trainer.ckpt_errors import CheckpointFileNotFound, WeightsOnlyChe
 
 class Counter(L.Callback):
     def __init__(self) -> None:
-        self.seen: dict[str, int] = {}
+        self.seen: dict[str, float] = {}
 
     def count(self, name: str) -> None:
         self.seen[name] = self.seen.get(name, 0) + 1
@@ -153,7 +153,8 @@ def test_best_and_last(tmp_path: Path) -> None:
     fit, keeper = saved(tmp_path, save_last=True)
     for name, path in (("best", keeper.best_model_path), ("last", keeper.last_model_path)):
         model = Seeing()
-        (found, *_) = fit.predict(model, loader(4, 4), ckpt_path=name)
+        answers: Any = fit.predict(model, loader(4, 4), ckpt_path=name)
+        (found, *_) = answers
         assert torch.equal(found, held(path))
         assert fit.ckpt_path == path
         fit.test(model, loader(4, 4), ckpt_path=name, verbose=False)
@@ -163,15 +164,17 @@ def test_best_and_last(tmp_path: Path) -> None:
 
 def test_without_a_model_the_best_is_taken(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     fit, keeper = saved(tmp_path)
+    model = fit.lightning_module
+    assert isinstance(model, Noisy)
     with torch.no_grad():
-        fit.lightning_module.net.weight.zero_()
+        model.net.weight.zero_()
     fit.validate(dataloaders=loader(4, 4), verbose=False)
-    assert torch.equal(fit.lightning_module.net.weight, held(keeper.best_model_path))
+    assert torch.equal(model.net.weight, held(keeper.best_model_path))
     assert "has no model and no ckpt_path: it takes the best checkpoint" in caplog.text
     with torch.no_grad():
-        fit.lightning_module.net.weight.zero_()
-    fit.validate(fit.lightning_module, loader(4, 4), verbose=False)
-    assert not fit.lightning_module.net.weight.any(), "a model that is given is taken as it is"
+        model.net.weight.zero_()
+    fit.validate(model, loader(4, 4), verbose=False)
+    assert not model.net.weight.any(), "a model that is given is taken as it is"
 
 
 def test_last_before_the_first_fit_begins_anew(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:

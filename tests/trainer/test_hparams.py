@@ -415,6 +415,6 @@ def test_hyperparameters_go_to_the_logger(tmp_path: Path, caplog: pytest.LogCapt
     caplog.set_level(logging.WARNING)
     fit = trainer(max_epochs=1, logger=CSVLogger(tmp_path), enable_checkpointing=False)
     fit.fit(Saved(0.2), loader())
-    written = load_hparams_from_yaml(Path(fit.log_dir) / "hparams.yaml")
+    written = load_hparams_from_yaml(Path(str(fit.log_dir)) / "hparams.yaml")
     assert written == {"lr": 0.2, "name": "n"}
     assert not re.search("left out", caplog.text)

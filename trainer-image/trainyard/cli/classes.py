@@ -81,5 +81,5 @@ def _public_classes(module: str) -> tuple[tuple[str, type], ...]:
 def _subclasses(base: type) -> list[type]:
     if base is object:
         return []
-    direct = type.__subclasses__(base)
+    direct: list[type] = type.__subclasses__(base)
     return [*direct, *(deeper for cls in direct for deeper in _subclasses(cls))]

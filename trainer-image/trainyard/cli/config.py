@@ -19,7 +19,7 @@ def load(path: str, verb: str, verbs: Collection[str], sections: Collection[str]
     """One file. Its top level has sections, or verbs with sections. Raises CliError that names file and line."""
     file = Path(path).expanduser()
     try:
-        config = parse(file.read_text(encoding="utf-8"), path)
+        config: Config | None = parse(file.read_text(encoding="utf-8"), path)
     except FileNotFoundError:
         raise CliError(f"--config: {path} does not exist") from None
     except (OSError, UnicodeDecodeError) as error:
@@ -32,6 +32,7 @@ def load(path: str, verb: str, verbs: Collection[str], sections: Collection[str]
         raise CliError(f"--config: {path} holds a {type(config).__name__}, not a mapping of sections")
     if config and all(key in verbs for key in config):
         config = config.get(verb) or {}
+    config = dict(config)
     for key in config:
         if key not in sections:
             raise CliError(f"--config: {path}: there is no section {key!r}{nearest(str(key), sections)}")

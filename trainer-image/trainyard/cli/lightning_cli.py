@@ -63,7 +63,7 @@ class LightningCLI:
         self.auto_configure_optimizers = auto_configure_optimizers
         self.prog = prog or os.path.basename(sys.argv[0])  # noqa: PTH119 - of text, not of a file
         self.subcommand: str | None = None
-        self.parser = parser_class(tuple(VERBS))
+        self.parser = parser_class((*VERBS, "export"))
         try:
             self._read(args, run)
             self.before_instantiate_classes()

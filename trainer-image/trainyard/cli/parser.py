@@ -176,7 +176,8 @@ class ArgumentParser:
         section, *rest = target.split(".")
         if section in self.class_sections and rest and rest[0] not in (CLASS, ARGUMENTS):
             rest = [ARGUMENTS, *rest]
-        return _with(config, [section, *rest], value)
+        linked: Config = _with(config, [section, *rest], value)
+        return linked
 
     def describe(self, config: Config) -> Config:
         """The whole configuration with its defaults. Raises CliError for all that is wrong in it."""

@@ -49,7 +49,8 @@ class LightningDataModule(HyperparametersMixin, LoadDataModule, DataHooks):
         taken = {p.name for p in parameters_of(cls)}
         loading = {"batch_size": batch_size, "num_workers": num_workers}
         arguments = {**{k: v for k, v in loading.items() if k in taken}, **datamodule_kwargs}
-        return _with_datasets(cls, {k: v for k, v in given.items() if v is not None}, loading, arguments)
+        datasets = {k: v for k, v in given.items() if v is not None}
+        return _with_datasets(cls, datasets, loading, arguments)  # type: ignore[no-any-return]
 
     # ---- state
 
@@ -78,7 +79,7 @@ class LightningDataModule(HyperparametersMixin, LoadDataModule, DataHooks):
             loaders = getattr(self, f"{stage}_dataloader")()
             if isinstance(loaders, Mapping):
                 loaders = list(loaders.values())
-            parts = loaders if isinstance(loaders, list | tuple) else [loaders]
+            parts: Any = loaders if isinstance(loaders, list | tuple) else [loaders]
             return "+".join(str(len(getattr(part, "dataset", part))) for part in parts)
         except Exception:  # a user's code before its setup: anything
             return "?"
@@ -104,7 +105,7 @@ def _loaders(data: Any, *, shuffle: bool, batch_size: int, num_workers: int) -> 
     from torch.utils.data import DataLoader, IterableDataset
 
     if isinstance(data, Mapping):
-        options = {"shuffle": shuffle, "batch_size": batch_size, "num_workers": num_workers}
+        options: dict[str, Any] = {"shuffle": shuffle, "batch_size": batch_size, "num_workers": num_workers}
         return {name: _loaders(part, **options) for name, part in data.items()}
     if isinstance(data, list | tuple):
         return [

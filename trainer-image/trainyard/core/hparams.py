@@ -131,9 +131,9 @@ def _arguments(owner: Any, frame: FrameType | None) -> dict[str, Any]:
     if dataclasses.is_dataclass(owner):
         return {f.name: getattr(owner, f.name) for f in dataclasses.fields(owner) if f.init}
     inits = {
-        inspect.unwrap(cls.__init__).__code__
-        for cls in type(owner).__mro__
-        if hasattr(inspect.unwrap(cls.__init__), "__code__")
+        getattr(inspect.unwrap(vars(c)["__init__"]), "__code__", None)
+        for c in type(owner).__mro__
+        if "__init__" in vars(c)
     }
     found: dict[str, Any] = {}
     while frame is not None:

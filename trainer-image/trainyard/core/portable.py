@@ -50,7 +50,7 @@ def to_portable(value: Any) -> Portable:
             return Portable(value.item(), Kind.SAME)
         return Portable(torch.from_numpy(value.copy()), Kind.TYPED)
     if isinstance(value, _PRIMITIVES):  # subclasses of them
-        base = next(kind for kind in _PRIMITIVES if isinstance(value, kind))
+        base: Any = next(kind for kind in _PRIMITIVES if isinstance(value, kind))
         return Portable(base(value), Kind.SAME)
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
         fields = {f.name: getattr(value, f.name) for f in dataclasses.fields(value) if f.init}
@@ -62,7 +62,7 @@ def to_portable(value: Any) -> Portable:
     if isinstance(value, Sequence | Set):
         parts = [to_portable(part) for part in value]
         kind = _worst([part.kind for part in parts])
-        made = type(value) if type(value) in (tuple, set) else list
+        made: Any = type(value) if type(value) in (tuple, set) else list
         return Portable(made(part.value for part in parts), kind)
     return Portable(text_of(value), Kind.TEXT)
 

@@ -122,9 +122,9 @@ def _make(cls: type[T], checkpoint: Mapping[str, Any], hparams_file: Any, overri
     for name in _CLI_KEYS:
         saved.pop(name, None)
     known = {p.name: p for p in parameters_of(cls)}
-    name = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
-    if name in known and name not in overrides and name != "kwargs":
-        arguments = {name: _whole(cls, known[name], {**saved, **overrides}, kinds, overrides)}
+    whole = checkpoint.get(cls.CHECKPOINT_HYPER_PARAMS_NAME)  # type: ignore[attr-defined]
+    if whole in known and whole not in overrides and whole != "kwargs":
+        arguments = {whole: _whole(cls, known[whole], {**saved, **overrides}, kinds, overrides)}
     else:
         arguments = {
             key: _argument(cls, known.get(key), key, value, kinds.get(key, Kind.SAME))

@@ -20,7 +20,7 @@ class CheckpointFiles:
     """The file that the newest call of an entry point has loaded."""
     _asked: tuple[str | os.PathLike[str] | None, bool | None, bool] = (None, None, True)
 
-    def save_checkpoint(
+    def save_checkpoint(  # type: ignore[misc]
         self: Trainer, filepath: str | os.PathLike[str], weights_only: bool | None = None,
         storage_options: Mapping[str, Any] | None = None,
     ) -> None:  # fmt: skip
@@ -38,7 +38,7 @@ class CheckpointFiles:
         """What an entry point was told; it is looked for when the callbacks know their folders."""
         self._asked = (ckpt_path, weights_only, model_given)
 
-    def open_checkpoint(self: Trainer) -> Source | None:
+    def open_checkpoint(self: Trainer) -> Source | None:  # type: ignore[misc]
         """Collective: what was asked for; None if there is nothing to load.
 
         Raises MisconfigurationException, and what `ckpt_file.read` does.

@@ -231,7 +231,7 @@ def _where_possible(storage: Any, location: str) -> Any:
     import torch
 
     kind = location.split(":", maxsplit=1)[0]
-    there = {
+    there: dict[str, Callable[[], bool]] = {
         "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xla": lambda: False,
     }  # fmt: skip
     return storage.cpu() if kind in there and not there[kind]() else None

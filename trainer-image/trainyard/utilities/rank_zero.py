@@ -38,7 +38,7 @@ class _RankZeroOnly:
 
         @functools.wraps(function)
         def wrapped(*args: P.args, **kwargs: P.kwargs) -> T:
-            return function(*args, **kwargs) if self.rank == 0 else default  # type: ignore[no-any-return]
+            return function(*args, **kwargs) if self.rank == 0 else default
 
         return wrapped
 

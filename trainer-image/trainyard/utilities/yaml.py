@@ -37,7 +37,7 @@ def dump(data: Any) -> str:
 def _loader() -> Any:
     yaml = require("yaml", "cli", "a YAML file")
 
-    class Loader(yaml.SafeLoader):
+    class Loader(yaml.SafeLoader):  # type: ignore[misc, name-defined]
         yaml_implicit_resolvers = {  # noqa: RUF012 - PyYAML's name for a table that subclasses replace
             first: [(tag, pattern) for tag, pattern in entries if tag not in _REPLACED]
             for first, entries in yaml.SafeLoader.yaml_implicit_resolvers.items()
@@ -52,7 +52,7 @@ def _loader() -> Any:
                         None, None, f"key {key!r} stands twice", key_node.start_mark
                     )
                 seen.add(key) if isinstance(key, Hashable) else None
-            return super().construct_mapping(node, deep=deep)
+            return super().construct_mapping(node, deep=deep)  # type: ignore[no-any-return]
 
     for tag, pattern, first in _RESOLVERS:
         Loader.add_implicit_resolver(tag, re.compile(pattern), list(first))
@@ -66,7 +66,7 @@ def _loader() -> Any:
 def _dumper() -> Any:
     yaml = require("yaml", "cli", "a YAML file")
 
-    class Dumper(yaml.SafeDumper):
+    class Dumper(yaml.SafeDumper):  # type: ignore[misc, name-defined]
         def ignore_aliases(self, data: Any) -> bool:
             return True
 
