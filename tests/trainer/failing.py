@@ -17,6 +17,7 @@ import torch
 
 import trainyard as L
 from tests.trainer.models import Regression, loader
+from trainyard.plugins.environments import ClusterEnvironment
 from trainyard.strategies import DDPStrategy
 
 
@@ -79,6 +80,29 @@ class Failing(Regression):
         self.at("on_fit_end")
 
 
+class Mine(ClusterEnvironment):
+    """A cluster of the user's own, where MINE is rank, world size and port."""
+
+    creates_processes_externally = True
+    main_address = "127.0.0.1"
+
+    @property
+    def main_port(self) -> int:
+        return self.world_size(2)
+
+    def world_size(self, part: int = 1) -> int:
+        return int(os.environ["MINE"].split()[part])
+
+    def global_rank(self) -> int:
+        return self.world_size(0)
+
+    def local_rank(self) -> int:
+        return 0
+
+    def node_rank(self) -> int:
+        return self.global_rank()
+
+
 class Slow(L.Callback):
     """On the way out of a failure: longer than anybody would wait."""
 
@@ -101,6 +125,7 @@ def main() -> None:
         logger=False, enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=bool(folder),
         num_sanity_val_steps=0, callbacks=[Slow()] if what == "training_step" else [],
         checkpoint=L.CheckpointConfig(uri=folder, every_n_steps=100, run="failing") if folder else None,
+        num_nodes=int(os.environ.get("FAILING_NODES", "1")), plugins=[Mine()] if what == "environment" else None,
     )  # fmt: skip
     module = Failing(what, rank)
     trainer.fit(module, loader(48), loader(8))

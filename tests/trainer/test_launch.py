@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.forkhost import ROOT, Host
+from tests.trainer.pods import free_port
 from trainyard.environment import Place, SLURMEnvironment, first_host
 from trainyard.errors import MisconfigurationException
 from trainyard.strategies import launchers
@@ -105,6 +106,28 @@ def test_notebook_is_told_what_to_use(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "ps1", ">>> ", raising=False)
     with pytest.raises(MisconfigurationException, match="ddp_notebook"):
         own_command()
+
+
+@pytest.mark.parametrize("how", ["by hand", "srun", "plugin"])
+def test_two_nodes_without_torchrun(host: Host, unbroken: str, how: str) -> None:
+    """One process each: of a script with num_nodes=2, of srun, and of an environment of the user's own."""
+    port = str(free_port())
+    script = str(ROOT / "tests/trainer/failing.py")
+    ranks = []
+    for node in "01":
+        env = {
+            "by hand": {"NODE_RANK": node, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port},
+            "srun": {
+                **SRUN, "SLURM_PROCID": node, "SLURM_NTASKS": "2", "SLURM_NODEID": node, "SLURM_LOCALID": "0",
+                "SLURM_NODELIST": "localhost", "MASTER_PORT": port,
+            },
+            "plugin": {"MINE": f"{node} 2 {port}"},
+        }[how]  # fmt: skip
+        what = "environment" if how == "plugin" else "nothing"
+        ranks += host.start([script, what, "0", "ddp", "1"], env={**env, "FAILING_NODES": "2"})
+    assert host.wait(ranks, 60) == [0, 0], "".join(r.output for r in ranks)[-4000:]
+    assert f"steps 12 weights {unbroken}" in ranks[0].output
+    assert "weights" not in ranks[1].output
 
 
 # ---- ranks that are forked

@@ -36,7 +36,7 @@ class Place:
         return cls() if environment is None else environment.place(env)
 
 
-class ClusterEnvironment:
+class Environment:
     """What the processes of a run find in their environment, and what torch.distributed wants to find there."""
 
     name: str
@@ -54,7 +54,7 @@ class ClusterEnvironment:
         return {}
 
 
-class TorchElasticEnvironment(ClusterEnvironment):
+class TorchElasticEnvironment(Environment):
     """torchrun (the variables that torch.distributed.run documents), and what does as it does."""
 
     name = "torchrun"
@@ -76,7 +76,7 @@ class TorchElasticEnvironment(ClusterEnvironment):
             raise ValueError(f"RANK, WORLD_SIZE, LOCAL_RANK: {error}") from None
 
 
-class SLURMEnvironment(ClusterEnvironment):
+class SLURMEnvironment(Environment):
     """Tasks of `srun` (its manual: "OUTPUT ENVIRONMENT VARIABLES"). What `sbatch` or `salloc` runs is one process."""
 
     name = "srun"
@@ -115,11 +115,11 @@ class SLURMEnvironment(ClusterEnvironment):
         return {name: value for name, value in wanted.items() if name not in env}
 
 
-ENVIRONMENTS: tuple[ClusterEnvironment, ...] = (TorchElasticEnvironment(), SLURMEnvironment())
+ENVIRONMENTS: tuple[Environment, ...] = (TorchElasticEnvironment(), SLURMEnvironment())
 """In the order in which they are tried."""
 
 
-def detect(env: Mapping[str, str] = os.environ) -> ClusterEnvironment | None:
+def detect(env: Mapping[str, str] = os.environ) -> Environment | None:
     """None: this script was started by hand."""
     return next((e for e in ENVIRONMENTS if e.detect(env)), None)
 

@@ -6,10 +6,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from trainyard.plugins.environments import ClusterEnvironment
     from trainyard.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
     from trainyard.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
 
 _WHERE = {
+    "ClusterEnvironment": "trainyard.plugins.environments",
     "DoublePrecision": "trainyard.plugins.precision",
     "HalfPrecision": "trainyard.plugins.precision",
     "LayerSync": "trainyard.plugins.layer_sync",
@@ -19,6 +21,7 @@ _WHERE = {
 }
 
 __all__ = [
+    "ClusterEnvironment",
     "DoublePrecision",
     "HalfPrecision",
     "LayerSync",

@@ -30,6 +30,7 @@ class TrainerFacade:
     """Read-only views of what a Trainer is composed of."""
 
     place: Place
+    stop: Any
     schedule: Schedule
     state: TrainerState
     strategy: Strategy
@@ -193,6 +194,11 @@ class TrainerFacade:
     @property
     def interrupted(self) -> bool:
         return self.state.status is TrainerStatus.INTERRUPTED
+
+    @property
+    def received_sigterm(self) -> bool:
+        """Whether this fit was asked to stop, on any rank."""
+        return bool(self.stop.requested_by)
 
     # ---- loggers and callbacks
 

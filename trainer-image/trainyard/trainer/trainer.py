@@ -31,6 +31,7 @@ from trainyard.loops.schedule import Schedule
 from trainyard.loops.state import LoopState
 from trainyard.loops.stop import NoStop
 from trainyard.optimization.configure import SchedulerConfig, configure
+from trainyard.plugins.environments import use_environment
 from trainyard.profilers import make_profiler
 from trainyard.reproducibility import global_seed
 from trainyard.strategies import equip, launchers, make_strategy
@@ -132,6 +133,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.plugins = (
             list(plugins) if isinstance(plugins, list | tuple) else [] if plugins is None else [plugins]
         )
+        use_environment(self.plugins, given["num_nodes"])
         accelerator = make_accelerator(given["accelerator"])
         asked, nodes = launchers.asked_devices(accelerator, given["devices"]), given["num_nodes"]
         place = Place.from_env()
