@@ -37,33 +37,44 @@ class DataHooks:
         raise NotImplementedError
 
     def on_before_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the batch as the loader gave it. Returns the batch."""
         return batch
 
     def transfer_batch_to_device(self, batch: Any, device: Any, dataloader_idx: int) -> Any:
+        """Moves tensors in collections, and whatever has a `to`. Returns the batch."""
         from trainyard.data.batches import to_device
 
         return to_device(batch, device)
 
     def on_after_batch_transfer(self, batch: Any, dataloader_idx: int) -> Any:
+        """On the batch on its device: augmentation, normalisation. Returns the batch."""
         return batch
 
 
 class ModelHooks:
     """In modules, in the order in which they are called."""
 
-    def on_fit_start(self) -> None: ...
+    def on_fit_start(self) -> None:
+        """The first of these; what a checkpoint holds of the optimizers is loaded afterwards."""
+
     def on_train_start(self) -> None: ...
     def on_train_epoch_start(self) -> None: ...
     def on_train_batch_start(self, batch: Any, batch_idx: int) -> int | None:
         """-1 skips the rest of the epoch."""
         return None
 
-    def on_before_zero_grad(self, optimizer: Any) -> None: ...
+    def on_before_zero_grad(self, optimizer: Any) -> None:
+        """Once for an optimizer step, before its first backward pass."""
+
     def on_before_backward(self, loss: Any) -> None: ...
     def on_after_backward(self) -> None: ...
-    def on_before_optimizer_step(self, optimizer: Any) -> None: ...
+    def on_before_optimizer_step(self, optimizer: Any) -> None:
+        """All gradients are there, at their true scale, and not clipped yet."""
+
     def on_train_batch_end(self, outputs: Any, batch: Any, batch_idx: int) -> None: ...
-    def on_train_epoch_end(self) -> None: ...
+    def on_train_epoch_end(self) -> None:
+        """After the validation that falls on the end of the epoch."""
+
     def on_train_end(self) -> None: ...
     def on_fit_end(self) -> None: ...
 

@@ -65,6 +65,7 @@ class LightningModule(
         """Make large layers here instead of in __init__. May be called several times."""
 
     def backward(self, loss: torch.Tensor, *args: Any, **kwargs: Any) -> None:
+        """What automatic optimization and `manual_backward` call; `loss` is scaled already."""
         loss.backward(*args, **kwargs)  # type: ignore[no-untyped-call]
 
     def optimizer_step(
@@ -74,11 +75,13 @@ class LightningModule(
         self.trainer.strategy.optimizer_step(optimizer, optimizer_closure or (lambda: None))
 
     def optimizer_zero_grad(self, epoch: int, batch_idx: int, optimizer: Optimizer) -> None:
+        """Override for `set_to_none=False`."""
         optimizer.zero_grad()
 
     def configure_gradient_clipping(
         self, optimizer: Optimizer, gradient_clip_val: float | None = None, gradient_clip_algorithm: str | None = None
     ) -> None:  # fmt: skip
+        """Before each optimizer step, if the Trainer clips or this is overridden: calls `clip_gradients`."""
         self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
 
     def clip_gradients(
@@ -96,6 +99,7 @@ class LightningModule(
             self.trainer.strategy.clip_gradients(self, inner, float(value), algorithm)
 
     def lr_scheduler_step(self, scheduler: Any, metric: Any) -> None:
+        """`metric` is the value of `monitor`, None for a scheduler without one."""
         if metric is None:
             scheduler.step()
         else:
@@ -205,11 +209,13 @@ class LightningModule(
 
     @property
     def device(self) -> torch.device:
+        """Of the first parameter; the CPU without one."""
         first = next(self.parameters(), None)
         return torch.device("cpu") if first is None else first.device
 
     @property
     def dtype(self) -> torch.dtype:
+        """Of the first parameter; torch's default without one."""
         first = next(self.parameters(), None)
         return torch.get_default_dtype() if first is None else first.dtype
 
@@ -219,6 +225,7 @@ class LightningModule(
 
     @property
     def current_epoch(self) -> int:
+        """Epochs completed."""
         return int(self._of_trainer("current_epoch", 0))
 
     @property
@@ -236,6 +243,7 @@ class LightningModule(
 
     @property
     def logger(self) -> Any:
+        """The first one; None without a logger."""
         return self._of_trainer("logger", None)
 
     @property

@@ -1,1 +1,32 @@
-"""Data modules, and the feed that makes a data position independent of the world size."""
+"""From a user's loaders to batches at any position of an epoch, whatever the world size; and to a server's input.
+
+docs/library.md tells how loaders are followed. Names are imported when they are first used, so that importing this package
+does not import torch.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from trainyard.data.feed import Feed
+    from trainyard.data.inference import predict_batches, prepare_batch
+    from trainyard.data.make import make_feed
+    from trainyard.data.sampler import Batch
+
+_WHERE = {
+    "Batch": "sampler",
+    "Feed": "feed",
+    "make_feed": "make",
+    "predict_batches": "inference",
+    "prepare_batch": "inference",
+}
+
+__all__ = ["Batch", "Feed", "make_feed", "predict_batches", "prepare_batch"]
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _WHERE:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))

@@ -125,3 +125,4 @@ _WRITERS: Mapping[str, Callable[..., None]] = {
     "state_dict": _state_dict,
 }
 FORMATS: tuple[str, ...] = tuple(_WRITERS)
+"""What `export` can write."""

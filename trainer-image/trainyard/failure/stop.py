@@ -19,6 +19,7 @@ PATIENCE_SECONDS = 6.0
 INNER = 1 << 24
 """Numbers between two batches of the training: the batches of a validation, and its end."""
 LAST = INNER - 1
+"""What follows the last batch of a validation: `inner` of `GracefulStop.begins`."""
 FINISHED = 1 << 62
 
 

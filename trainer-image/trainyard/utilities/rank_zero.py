@@ -84,7 +84,7 @@ def rank_zero_warn(
 
 
 def rank_zero_deprecation(message: str | Warning, stacklevel: int = 5, **kwargs: Any) -> None:
-    """A LightningDeprecationWarning."""
+    """Warn on rank 0 with a LightningDeprecationWarning."""
     rank_zero_warn(message, stacklevel=stacklevel, category=LightningDeprecationWarning)
 
 
