@@ -39,6 +39,13 @@ ALWAYS = (
     "trainyard.elastic.ranks",
 )
 IF_THERE = ("numpy", "boto3")
+NOT_FOR_RANKS = (
+    "trainyard.__main__",
+    "trainyard.export.__main__",
+    "trainyard.cli",
+    "trainyard.demos",
+    "trainyard.pytorch",
+)
 ADOPTION_SECONDS = 5.0
 """Longest wait of a launcher to become the agent's child."""
 
@@ -56,7 +63,7 @@ def import_all(preload: list[str], folder: str) -> list[str]:
             importlib.import_module(name)
     sys.path.insert(0, folder)
     try:
-        for name in (*_library(), *preload):
+        for name in (*_library(problems), *preload):
             try:
                 importlib.import_module(name)
             except Exception as error:  # a user's module may raise anything
@@ -70,11 +77,18 @@ def import_all(preload: list[str], folder: str) -> list[str]:
     return problems
 
 
-def _library() -> list[str]:
-    """All modules of the training library: it imports its parts when they are asked for, which is too late here."""
+def _library(problems: list[str]) -> list[str]:
+    """The modules of the training library that a fit may want: it imports its parts when they are asked for, which is too
+    late here."""
     package = importlib.import_module("trainyard")
-    names = (m.name for m in pkgutil.walk_packages(package.__path__, "trainyard."))
-    return [n for n in names if not n.endswith("__main__")]
+    names = []
+    try:
+        for module in pkgutil.walk_packages(package.__path__, "trainyard."):
+            if not module.name.startswith(NOT_FOR_RANKS):
+                names.append(module.name)
+    except Exception as error:
+        problems.append(f"cannot preload trainyard: {type(error).__name__}: {error}")
+    return names
 
 
 def why_not_fork() -> str:
