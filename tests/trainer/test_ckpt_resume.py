@@ -317,3 +317,30 @@ def test_each_rank_goes_on_with_its_own_generators(host: Host, tmp_path: Path) -
 def test_a_missing_file_fails_all_ranks(host: Host, tmp_path: Path) -> None:
     found = ranks(host, tmp_path, tmp_path, tmp_path / "none.ckpt", 1, codes=(1, 78))
     assert [result[2] for result in found] == [0, 0]
+
+
+def test_gradients_of_an_open_accumulation_are_not_in_a_file(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class SaveAt(L.Callback):
+        def on_train_batch_end(self, trainer: L.Trainer, pl_module: L.LightningModule, *args: Any) -> None:
+            trainer.save_checkpoint(tmp_path / f"{trainer.loop_state.batches}.ckpt")
+
+    fit = trainer(max_epochs=1, accumulate_grad_batches=2, callbacks=[SaveAt()], enable_checkpointing=False)
+    fit.fit(Noisy(), loader(16, 4))
+    assert caplog.text.count("in the middle of an accumulation has no gradients") == 1
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["1.ckpt", "2.ckpt", "3.ckpt", "4.ckpt"]
+
+
+def test_the_scaler_is_under_lightnings_key(tmp_path: Path) -> None:
+    fit = trainer(max_epochs=1, precision="16-mixed", enable_checkpointing=False)
+    fit.fit(Noisy(), loader(16, 4))
+    fit.save_checkpoint(tmp_path / "m.ckpt")
+    held = torch.load(tmp_path / "m.ckpt", weights_only=True)["MixedPrecision"]
+    assert {"scale", "growth_factor", "backoff_factor", "growth_interval", "_growth_tracker"} == set(held)
+    held["scale"] = 128.0
+    checkpoint = torch.load(tmp_path / "m.ckpt", weights_only=True) | {"MixedPrecision": held}
+    torch.save(checkpoint, tmp_path / "m.ckpt")
+    again = trainer(max_epochs=2, precision="16-mixed", enable_checkpointing=False)
+    again.fit(Noisy(), loader(16, 4), ckpt_path=tmp_path / "m.ckpt")
+    assert again.precision_plugin.state_dict()["scale"] == 128.0

@@ -6,31 +6,37 @@ A place is a path, `file:///path`, `s3://bucket/key` or, to read from, `https://
 from __future__ import annotations
 
 import contextlib
-import difflib
 import errno
 import os
 import re
-import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, TypeAlias
-from urllib.parse import unquote, urlsplit
+from urllib.parse import urlsplit
 
-from trainyard.checkpoint.errors import CheckpointError, NotFound
 from trainyard.checkpoint.retry import with_retries
 from trainyard.errors import MisconfigurationException
 from trainyard.trainer.ckpt_errors import CheckpointFileDamaged, CheckpointFileNotFound, UnsafeCheckpoint
+from trainyard.trainer.ckpt_places import (
+    PATIENCE_SECONDS,
+    Place,
+    download,
+    fetch,
+    is_s3,
+    local_path,
+    nearest_file,
+    open_s3,
+    sync_folder,
+    temporary_file,
+)
 
 if TYPE_CHECKING:
-    from trainyard.checkpoint.stores import Store
+    pass
 
-Place: TypeAlias = "str | os.PathLike[str]"
 MapLocation: TypeAlias = "Any"
 """What torch.load takes: a device, its name, a dict of them, a function, or None."""
 
 _CHUNK = 1 << 20
-_PATIENCE_SECONDS = 60.0
-_HTTP_SECONDS = 30.0
 
 
 def write(
@@ -41,10 +47,10 @@ def write(
     `storage_options`, for s3:// only: `endpoint_url` and `region_name`, by default those of the TrainingRun, then AWS's.
     """
     if is_s3(place):
-        store, key = _s3(str(place), storage_options)
-        with _temporary() as path:
+        store, key = open_s3(str(place), storage_options)
+        with temporary_file() as path:
             sha256 = _save(checkpoint, path)
-            with_retries(lambda: store.put_file(key, path, sha256), seconds=_PATIENCE_SECONDS)
+            with_retries(lambda: store.put_file(key, path, sha256), seconds=PATIENCE_SECONDS)
         return
     if storage_options:
         raise MisconfigurationException(f"storage_options: {place} is a local path, which takes none")
@@ -56,7 +62,7 @@ def write(
     try:
         _save(checkpoint, temporary)
         temporary.replace(path)  # also replaces a link, not what it leads to
-        _sync_folder(path.parent)
+        sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -75,16 +81,16 @@ def read(
     if not isinstance(place, str | os.PathLike):
         return _load(place, "the given file", location, safe)
     if urlsplit(str(place)).scheme in ("http", "https"):
-        with _temporary() as path:
-            _download(str(place), path)
+        with temporary_file() as path:
+            download(str(place), path)
             return _load(path, str(place), location, safe)
     if is_s3(place):
-        with _temporary() as path:
-            _fetch(str(place), path, storage_options)
+        with temporary_file() as path:
+            fetch(str(place), path, storage_options)
             return _load(path, str(place), location, safe)
     path = local_path(place)
     if not path.exists():
-        raise CheckpointFileNotFound(f"checkpoint {path} does not exist{_nearest(path)}")
+        raise CheckpointFileNotFound(f"checkpoint {path} does not exist{nearest_file(path)}")
     if path.is_dir():
         raise CheckpointFileDamaged(f"checkpoint {path} is a directory; give the name of a .ckpt file in it")
     return _load(path, str(path), location, safe)
@@ -94,8 +100,8 @@ def exists(place: Place) -> bool:
     """Raises CheckpointError when a bucket cannot be asked."""
     if not is_s3(place):
         return local_path(place).is_file()
-    store, key = _s3(str(place), None)
-    return key in with_retries(lambda: store.list(key), seconds=_PATIENCE_SECONDS)
+    store, key = open_s3(str(place), None)
+    return key in with_retries(lambda: store.list(key), seconds=PATIENCE_SECONDS)
 
 
 def modified(place: Place) -> float:
@@ -106,27 +112,10 @@ def modified(place: Place) -> float:
 def remove(place: Place) -> None:
     """No error if it is not there. Raises CheckpointError, OSError."""
     if is_s3(place):
-        store, key = _s3(str(place), None)
-        with_retries(lambda: store.delete([key]), seconds=_PATIENCE_SECONDS)
+        store, key = open_s3(str(place), None)
+        with_retries(lambda: store.delete([key]), seconds=PATIENCE_SECONDS)
     else:
         local_path(place).unlink(missing_ok=True)
-
-
-def is_s3(place: Place) -> bool:
-    return str(place).startswith("s3://")
-
-
-def local_path(place: Place) -> Path:
-    """Of a path or file:// URI. Raises MisconfigurationException for another scheme."""
-    text = os.fspath(place)
-    scheme, separator, _ = text.partition("://")
-    if not separator:
-        return Path(text).expanduser()
-    if scheme != "file":
-        raise MisconfigurationException(
-            f"{text}: a checkpoint is at a path, file:///path or s3://bucket/key, not at {scheme}://"
-        )
-    return Path(unquote(urlsplit(text).path))
 
 
 # ---- torch
@@ -235,82 +224,6 @@ def _where_possible(storage: Any, location: str) -> Any:
         "cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available, "xla": lambda: False,
     }  # fmt: skip
     return storage.cpu() if kind in there and not there[kind]() else None
-
-
-# ---- places
-
-
-def _s3(uri: str, options: Mapping[str, Any] | None) -> tuple[Store, str]:
-    from trainyard.checkpoint.stores import open_parent
-
-    options = dict(options or {})
-    options |= options.pop("client_kwargs", None) or {}
-    known = {"endpoint_url", "region_name"}
-    if unknown := sorted(set(options) - known):
-        raise MisconfigurationException(
-            f"storage_options: {', '.join(unknown)} unknown; s3:// takes {', '.join(sorted(known))}; credentials come "
-            "from the AWS_* environment"
-        )
-    return open_parent(uri, endpoint=options.get("endpoint_url"), region=options.get("region_name"))
-
-
-def _fetch(uri: str, path: Path, options: Mapping[str, Any] | None) -> None:
-    store, key = _s3(uri, options)
-
-    def download() -> None:
-        with path.open("wb") as file:
-            for chunk in store.read(key):
-                file.write(chunk)
-
-    try:
-        with_retries(download, seconds=_PATIENCE_SECONDS)
-    except NotFound as error:
-        raise CheckpointFileNotFound(f"checkpoint {uri} does not exist") from error
-
-
-def _download(url: str, path: Path) -> None:
-    import shutil
-    from urllib.error import HTTPError, URLError
-    from urllib.request import urlopen
-
-    try:
-        with urlopen(url, timeout=_HTTP_SECONDS) as answer, path.open("wb") as file:  # noqa: S310 - http or https
-            shutil.copyfileobj(answer, file)
-    except HTTPError as error:
-        kind: Callable[[str], CheckpointError] = (
-            CheckpointFileNotFound if error.code == 404 else CheckpointError
-        )
-        raise kind(f"checkpoint {url}: the server says {error.code} {error.reason}") from error
-    except (URLError, TimeoutError) as error:
-        raise CheckpointError(f"checkpoint {url} cannot be fetched: {error}") from error
-
-
-@contextlib.contextmanager
-def _temporary() -> Iterator[Path]:
-    descriptor, name = tempfile.mkstemp(prefix="trainyard-", suffix=".ckpt")
-    os.close(descriptor)
-    try:
-        yield Path(name)
-    finally:
-        Path(name).unlink(missing_ok=True)
-
-
-def _sync_folder(folder: Path) -> None:
-    """The new name survives a power cut, too. Some file systems cannot; then there is nothing to do."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
-def _nearest(path: Path) -> str:
-    if not path.parent.is_dir():
-        return f"; there is no folder {path.parent}"
-    names = sorted(p.name for p in path.parent.iterdir() if p.suffix == path.suffix)
-    near = difflib.get_close_matches(path.name, names, n=1, cutoff=0.0)
-    return f"; its folder has {near[0]}" if near else f"; its folder has no {path.suffix or 'such'} file"
 
 
 def _size(source: Path | IO[bytes]) -> str:

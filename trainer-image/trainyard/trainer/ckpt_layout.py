@@ -13,6 +13,12 @@ from trainyard.loops.state import LoopState
 
 LAYOUT_VERSION = "2.6.6"
 """The `pytorch-lightning_version` that we write: the one that the layout was compared with."""
+FORMAT = 2
+"""Of our part of a checkpoint, under the key `portable.OWN`."""
+SCALER = "MixedPrecision"
+"""Lightning's key for the state of the gradient scaler."""
+LAST_LOGGED = ("logged", "bar", "validation")
+"""Attributes of `Metrics` that hold the newest numbers."""
 
 
 def _counts(number: int, *, ready: int | None = None, stages: int = 4) -> dict[str, int]:

@@ -40,8 +40,9 @@ from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
 from trainyard.trainer.ckpt_source import from_engine
 from trainyard.trainer.facade import TrainerFacade
-from trainyard.trainer.persistence import payload, restore_module, restore_optimizers, restore_rank
+from trainyard.trainer.persistence import payload
 from trainyard.trainer.progress import Progress, agent_client
+from trainyard.trainer.restoring import restore_module, restore_optimizers, restore_rank
 from trainyard.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainyard_api.checkpoints import Fenced
 
