@@ -91,6 +91,13 @@ LOCKS: dict[str, Lock] = {
         lambda project: _group(project, "torchserve"),
         agrees_with="dev",
     ),
+    "deepspeed": Lock(
+        "the engine that strategy='deepspeed' is tested with",
+        lambda project: _group(project, "deepspeed"),
+        agrees_with="dev",
+    ),
+    # With a torch of its own, so it agrees with nothing.
+    "xla": Lock("what accelerator='tpu' is tested with", lambda project: _group(project, "xla")),
 }
 
 

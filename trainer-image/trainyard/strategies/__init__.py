@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from trainyard.plugins.precision import Precision
     from trainyard.strategies.base import Strategy
     from trainyard.strategies.ddp import DDPStrategy
+    from trainyard.strategies.deepspeed import DeepSpeedStrategy
     from trainyard.strategies.fsdp import FSDPStrategy
     from trainyard.strategies.model_parallel import ModelParallelStrategy
     from trainyard.strategies.parallel import ParallelStrategy
@@ -21,6 +22,7 @@ if TYPE_CHECKING:
 
 _WHERE = {
     "DDPStrategy": "trainyard.strategies.ddp",
+    "DeepSpeedStrategy": "trainyard.strategies.deepspeed",
     "FSDPStrategy": "trainyard.strategies.fsdp",
     "ModelParallelStrategy": "trainyard.strategies.model_parallel",
     "ParallelStrategy": "trainyard.strategies.parallel",
@@ -30,6 +32,7 @@ _WHERE = {
 
 __all__ = [
     "DDPStrategy",
+    "DeepSpeedStrategy",
     "FSDPStrategy",
     "ModelParallelStrategy",
     "ParallelStrategy",

@@ -13,6 +13,7 @@ if TYPE_CHECKING:
 
 _DDP = "trainyard.strategies.ddp:DDPStrategy"
 _FSDP = "trainyard.strategies.fsdp:FSDPStrategy"
+_DEEPSPEED = "trainyard.strategies.deepspeed:DeepSpeedStrategy"
 _SINGLE = "trainyard.strategies.single:SingleDeviceStrategy"
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -29,6 +30,23 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "fsdp": (_FSDP, {}),
     "fsdp_cpu_offload": (_FSDP, {"cpu_offload": True}),
+    "deepspeed": (_DEEPSPEED, {}),
+    **{f"deepspeed_stage_{stage}": (_DEEPSPEED, {"stage": stage}) for stage in (1, 2, 3)},
+    "deepspeed_stage_2_offload": (_DEEPSPEED, {"stage": 2, "offload_optimizer": True}),
+    "deepspeed_stage_3_offload": (
+        _DEEPSPEED,
+        {"stage": 3, "offload_optimizer": True, "offload_parameters": True},
+    ),
+    "deepspeed_stage_3_offload_nvme": (
+        _DEEPSPEED,
+        {
+            "stage": 3,
+            "offload_optimizer": True,
+            "offload_parameters": True,
+            "offload_optimizer_device": "nvme",
+            "offload_params_device": "nvme",
+        },
+    ),
 }
 """Where the class is, and its arguments. Imported when it is asked for."""
 
