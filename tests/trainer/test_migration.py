@@ -13,8 +13,11 @@ from typing import Any
 
 import pytest
 
+import trainyard
 from devcluster.venvs import environment
 from tests.trainer.ported import run as runner
+from trainyard.demos.boring_classes import BoringModel
+from trainyard.errors import MisconfigurationException
 
 Outcomes = dict[str, dict[str, Any]]
 EXACT = ("step", "best", "kept", "last", "files", "metrics", "callback_metrics", "predicted")
@@ -135,3 +138,49 @@ def test_only_import_lines_are_changed() -> None:
         changed = [(a, b) for a, b in zip(before, after, strict=True) if a != b]
         assert len(changed) >= 3
         assert all(a.startswith(("import ", "from ")) and "trainyard" in b for a, b in changed)
+
+
+def test_steps_that_fetch_their_batches_are_refused_by_name() -> None:
+    class Fetches(BoringModel):
+        def training_step(self, dataloader_iter: Any) -> Any:  # type: ignore[override]
+            return super().training_step(next(dataloader_iter)[0], 0)
+
+    with pytest.raises(MisconfigurationException, match=r"training_step\(dataloader_iter\) is not supported"):
+        quiet_trainer().fit(Fetches())
+
+
+def test_no_optimizer_is_refused_by_name() -> None:
+    class Still(BoringModel):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    with pytest.raises(MisconfigurationException, match="automatic_optimization = False"):
+        quiet_trainer().fit(Still())
+
+
+def test_places_that_only_lightning_knows_are_refused_by_name() -> None:
+    with pytest.raises(MisconfigurationException, match="a TrainingRun resumes by itself"):
+        quiet_trainer().fit(BoringModel(), ckpt_path="hpc")
+
+
+def test_an_unknown_argument_names_the_nearest() -> None:
+    with pytest.raises(TypeError, match="'max_epoch'; the nearest is 'max_epochs'"):
+        trainyard.Trainer(max_epoch=1)  # type: ignore[call-arg]
+
+
+def test_import_paths_of_lightning() -> None:
+    from trainyard.pytorch.core.optimizer import LightningOptimizer
+    from trainyard.pytorch.utilities.rank_zero import rank_zero_only
+
+    from trainyard.core.optimizer import LightningOptimizer as ours
+    from trainyard.utilities import rank_zero_only as only
+
+    assert LightningOptimizer is ours
+    assert rank_zero_only is only
+
+
+def quiet_trainer() -> trainyard.Trainer:
+    return trainyard.Trainer(
+        max_epochs=1, accelerator="cpu", logger=False, enable_checkpointing=False, enable_progress_bar=False,
+        enable_model_summary=False,
+    )  # fmt: skip

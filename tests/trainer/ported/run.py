@@ -75,7 +75,9 @@ def curves(folder: Path) -> dict[str, list[tuple[int, float]]]:
     """Of TensorBoard's files: by tag, (step, value)."""
     if not any(folder.glob("events.out.tfevents.*")):
         return {}
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+    from tensorboard.backend.event_processing.event_accumulator import (  # type: ignore[import-untyped]
+        EventAccumulator,
+    )
 
     events = EventAccumulator(str(folder)).Reload()
     return {tag: [(e.step, e.value) for e in events.Scalars(tag)] for tag in events.Tags()["scalars"]}

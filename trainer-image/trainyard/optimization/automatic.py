@@ -168,8 +168,14 @@ def overrides(module: LightningModule, name: str) -> bool:
 
 
 def positional(function: Any) -> int:
-    """How many positional arguments it takes; many if it takes any."""
-    kinds = [p.kind for p in inspect.signature(function).parameters.values()]
+    """How many positional arguments it takes; many if it takes any. Raises MisconfigurationException for Lightning's other
+    flavour of steps, which fetch their batches themselves."""
+    parameters = inspect.signature(function).parameters
+    if "dataloader_iter" in parameters:
+        raise MisconfigurationException(
+            f"{function.__name__}(dataloader_iter) is not supported: take (batch, batch_idx), or give fit a loader of your own"
+        )
+    kinds = [p.kind for p in parameters.values()]
     if inspect.Parameter.VAR_POSITIONAL in kinds:
         return 99
     return sum(
