@@ -173,7 +173,7 @@ def test_when_a_fit_validates(arguments: dict[str, Any], epochs: int, validation
                   {"check_val_every_n_epoch": None, "val_check_interval": 0.5}],
 )  # fmt: skip
 def test_intervals_that_make_no_sense(arguments: dict[str, Any]) -> None:
-    with pytest.raises(MisconfigurationException, match="val_check_interval|duration"):
+    with pytest.raises(MisconfigurationException, match=r"val_check_interval|duration"):
         trainer(**arguments)
 
 

@@ -46,5 +46,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     here = os.getcwd()  # noqa: PTH109 - sys.path holds strings
     if here not in sys.path and "" not in sys.path:
         sys.path.insert(0, here)
-    code = getattr(import_module(verb.module), verb.function)(words[1:])
+    try:
+        code = getattr(import_module(verb.module), verb.function)(words[1:])
+        sys.stdout.flush()
+    except BrokenPipeError:  # `trainyard fit --help | head`: nobody reads on
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
     return int(code or 0)

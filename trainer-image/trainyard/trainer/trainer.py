@@ -277,7 +277,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
                 self.stop = watcher.open(self.place.rank, self.place.world_size)
                 self._attach(model, datamodule, given)
                 answer = work()
-                self.strategy.barrier()  # nobody is gone while another one still needs it
+                watcher.finish(self.strategy.peers)
                 failed = False
                 self.state.status = TrainerStatus.FINISHED
                 return answer
@@ -285,8 +285,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
                 watcher.failed(error)
                 self.strategy.failed = True
                 self._on_exception(error)
-                if isinstance(error, CheckpointError | Fenced):
-                    self._leave(error)
+                if isinstance(error, CheckpointError | Fenced) and self._checkpoint_config is not None:
+                    self._leave(error)  # its code tells the operator what to do
                 raise
             finally:
                 self.state.stage = None
