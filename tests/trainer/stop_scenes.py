@@ -37,6 +37,7 @@ SCENES: dict[str, tuple[str, int, int]] = {
     "validation at an epoch's end": ("validation_step", 1, 12),
     "long validation": ("long validation", 0, 4),
     "long validation at an epoch's end": ("long validation", 1, 13),
+    "last validation, and the resume at its end": ("long validation", 0, 16),
     "validation, last hook": ("on_validation_epoch_end", 1, 2),
     "epoch's end": ("on_train_epoch_end", 0, 0),
     "saving": ("on_save_checkpoint", 1, 1),
@@ -47,6 +48,10 @@ SCENES: dict[str, tuple[str, int, int]] = {
     "sanity check": ("sanity", 1, 0),
     "start": ("on_train_start", 0, 0),
 }
+
+
+AGAIN = "last validation, and the resume at its end"
+"""Here the second fit is stopped as well, when all is done, and a third one has nothing left to do."""
 
 
 class Moment:
@@ -136,6 +141,9 @@ class Module(L.LightningModule):
     def on_train_epoch_end(self) -> None:
         self.moment("on_train_epoch_end", self.global_rank)
 
+    def on_train_end(self) -> None:
+        self.moment("on_train_end", self.global_rank)
+
     def on_train_start(self) -> None:
         self.moment("on_train_start", self.global_rank)
 
@@ -218,7 +226,8 @@ def main() -> None:
         planned = Moment(moment, rank, passes)
         planned.pids = pids
         scene: dict[str, Any] = {}
-        for part, what in (("first", planned), ("second", Moment())):
+        again = [("again", Moment("on_train_end", 1, 0))] if name == AGAIN else []
+        for part, what in [("first", planned), *again, ("second", Moment())]:
             both: list[Any] = [None, None]
             mine = fit(folder, f"scene-{number}", what, workers=int(moment == "loader"))
             dist.all_gather_object(both, mine)

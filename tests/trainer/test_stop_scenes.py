@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from tests.trainer.forkhost import ROOT, Host
-from tests.trainer.stop_scenes import SCENES, STEPS
+from tests.trainer.stop_scenes import AGAIN, SCENES, STEPS
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +29,7 @@ def story(host: Host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any
 def test_stop_loses_no_step_and_the_resume_is_exact(story: dict[str, Any], name: str) -> None:
     scene = story[name]
     unbroken = story["unbroken, 1 worker" if SCENES[name][0] == "loader" else "unbroken"]
-    first, second = scene["first"], scene["second"]
+    first, again, second = scene["first"], scene.get("again"), scene["second"]
     assert all(part["stopped"] for part in first)
     assert all(
         f"SIGTERM to rank {SCENES[name][1]}" in p["error"] or "both" in name or "other" in name for p in first
@@ -40,10 +40,18 @@ def test_stop_loses_no_step_and_the_resume_is_exact(story: dict[str, Any], name:
     for rank in (0, 1):
         assert not second[rank]["stopped"]
         assert first[rank]["done"] + second[rank]["done"] == list(range(1, STEPS + 1))
-        assert first[rank]["validations"] + second[rank]["validations"] == unbroken["validations"]
+        validations = [part[rank]["validations"] for part in (first, again, second) if part]
+        assert sum(validations) == unbroken["validations"]
         assert second[rank]["weights"] == unbroken["weights"]
     assert second[0]["next"] == unbroken["next"]
     assert scene["second commit"] == STEPS
+
+
+def test_finished_run_has_nothing_left_to_do(story: dict[str, Any]) -> None:
+    """Not even the validation that was given up, and then done without another step."""
+    again = story[AGAIN]["again"]
+    assert [(part["done"], part["validations"]) for part in again] == [([], 1)] * 2
+    assert story[AGAIN]["second"][0]["validations"] == 0
 
 
 @pytest.mark.parametrize(

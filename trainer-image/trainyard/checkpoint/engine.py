@@ -48,6 +48,7 @@ class Checkpointer:
         self._attempt = 0
         self._parent = 0
         self._committed_step = -1
+        self._changed = False
         self._steps = StepTrigger(config.every_n_steps) if config.every_n_steps else None
         self._time: TimeTrigger | None = None
         self.skipped = 0
@@ -63,6 +64,10 @@ class Checkpointer:
     def committed_step(self) -> int:
         """Of the newest commit that this process has heard of; -1 if of none."""
         return self._committed_step
+
+    def changed(self) -> None:
+        """What was resumed from has become more without a step: `finish` is to commit this step once more."""
+        self._changed = True
 
     def resume(self) -> Loaded:
         """Collective. What it raises ends the process: see `resume.resume`."""
@@ -103,6 +108,7 @@ class Checkpointer:
         self._look()
         begin = time.monotonic()
         frozen = freeze(dict(payload()))
+        self._changed = False
         self.stall_seconds += time.monotonic() - begin
         self._writer = threading.Thread(
             target=self._stage, args=(uploads, frozen, step, cursor), name=f"stage-{step}", daemon=True
@@ -117,12 +123,12 @@ class Checkpointer:
         failure: dict[str, Any] | None = None
         for _ in range(_FINAL_TRIES):
             self._await_commit()
-            if self._peers.broadcast(self._committed_step == step):
+            if self._peers.broadcast(self._committed_step == step and not self._changed):
                 return
             if not self.save(step, cursor, payload):
                 continue
             failure = self._await_commit()
-            if self._peers.broadcast(self._committed_step == step):
+            if self._peers.broadcast(self._committed_step == step and not self._changed):
                 return
             if failure and failure["code"] == int(ExitCode.CONFIG):
                 raise StoreConfigError(

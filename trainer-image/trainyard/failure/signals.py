@@ -80,6 +80,7 @@ class SigtermHandler:
                 with suppress(OSError):
                     os.write(self._fd_before, numbers)
             if signal.SIGTERM in numbers:
+                self.received = True
                 heard()
 
     def _forget_in_child(self) -> None:

@@ -16,6 +16,7 @@ from trainyard.failure.cause import Cause
 from trainyard.failure.errors import SIGTERM_CODE, PeerFailed, SIGTERMException
 from trainyard.failure.signals import SigtermHandler
 from trainyard.failure.stop import FINISHED, GracefulStop
+from trainyard.peers import Peers
 from trainyard_api.contract import Env
 
 CHANCE_SECONDS = 2.0
@@ -78,6 +79,13 @@ class Watch:
         self._handler.install()
         _open.append(self)
         return self.stop
+
+    def finish(self, peers: Peers) -> None:
+        """Collective, when all is done: nobody is gone while another one still needs it. A SIGTERM that came too late for
+        the loop is everybody's. Raises SIGTERMException."""
+        if peers.any(self._graceful and self._handler is not None and self._handler.received):
+            self.stop.acted = True
+            raise SIGTERMException("stopped by SIGTERM when all was done")
 
     def failed(self, error: BaseException) -> None:
         """First thing when an exception has come out: tells the others, and bounds the time that is left.

@@ -80,6 +80,9 @@ class FitLoop:
         complete = True
         if state.validates:
             self.validate()
+            self._begun_at = -1  # that it is done is news, though no batch came with it
+            if trainer.checkpointer is not None:
+                trainer.checkpointer.changed()
         run_batch = self.call.profiled("run_training_batch", self.run_batch)
         feed = self.call.profiled_items(_NEXT, self.feed.iterate(state.epoch, state.samples))
         with contextlib.closing(feed) as batches:  # type: ignore[type-var]
