@@ -21,10 +21,12 @@ class Logger:
 
     @property
     def name(self) -> str | None:
+        """Of the experiment: by it runs are put together."""
         return None
 
     @property
     def version(self) -> int | str | None:
+        """Of the run within the experiment."""
         return None
 
     @property
@@ -34,14 +36,17 @@ class Logger:
 
     @property
     def root_dir(self) -> str | None:
+        """Of all versions; None without files."""
         return None
 
     @property
     def log_dir(self) -> str | None:
+        """Of this version: where ModelCheckpoint puts its files, too; None without files."""
         return None
 
     @property
     def save_dir(self) -> str | None:
+        """What the constructor was told."""
         return None
 
     @property

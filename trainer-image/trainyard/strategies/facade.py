@@ -118,6 +118,7 @@ class StrategyFacade:
 
     @property
     def is_distributed(self) -> bool:
+        """Whether there are several processes."""
         return self.place.world_size > 1
 
     @property
@@ -143,6 +144,7 @@ class StrategyFacade:
         return self.reduce_values(tensor, op, group)
 
     def reduce_values(self, values: torch.Tensor, op: str, group: Any = None) -> torch.Tensor:
+        """Over all ranks: "mean", "sum", "min", "max" or "product". A new tensor."""
         raise NotImplementedError
 
     def reduce_boolean_decision(self, decision: bool, all: bool = True) -> bool:

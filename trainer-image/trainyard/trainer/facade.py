@@ -59,14 +59,17 @@ class TrainerFacade:
 
     @property
     def callback_metrics(self) -> dict[str, torch.Tensor]:
+        """The newest value of every key; before a flush those of steps are this rank's own."""
         return self.metrics.callback_metrics()
 
     @property
     def logged_metrics(self) -> dict[str, float]:
+        """What the loggers were given last, by key: numbers of the newest flush."""
         return dict(self.metrics.logged)
 
     @property
     def progress_bar_metrics(self) -> dict[str, float]:
+        """What was logged with prog_bar=True: on a CPU of the last step, else of the newest flush."""
         return self.metrics.bar_values()
 
     @property
@@ -76,10 +79,12 @@ class TrainerFacade:
 
     @property
     def loss(self) -> float | None:
+        """A recent one of this rank, not older than the newest flush; None before the first."""
         return self.progress.loss
 
     @property
     def samples_per_second(self) -> float | None:
+        """Over all ranks, of the last second or so; None at first."""
         return self.progress.samples_per_second
 
     def print(self, *args: Any, **kwargs: Any) -> None:
@@ -103,6 +108,7 @@ class TrainerFacade:
 
     @property
     def model(self) -> LightningModule | None:
+        """`lightning_module`, or None before the first call of an entry point."""
         return self._module
 
     @property
@@ -116,6 +122,7 @@ class TrainerFacade:
 
     @property
     def precision(self) -> str:
+        """Its canonical name, such as "32-true" or "bf16-mixed"."""
         return self.strategy.precision.name
 
     @property
@@ -131,6 +138,7 @@ class TrainerFacade:
 
     @property
     def current_epoch(self) -> int:
+        """Epochs completed, and so the number of the present one, from 0."""
         return self.loop_state.epoch
 
     @property
@@ -155,6 +163,7 @@ class TrainerFacade:
 
     @property
     def num_devices(self) -> int:
+        """Processes of this node."""
         return self.place.local_world_size
 
     @property
@@ -189,10 +198,12 @@ class TrainerFacade:
 
     @property
     def evaluating(self) -> bool:
+        """Whether it validates (the sanity check included) or tests."""
         return self.state.stage is not None and self.state.stage.evaluating
 
     @property
     def interrupted(self) -> bool:
+        """Whether the newest call of an entry point ended with an exception."""
         return self.state.status is TrainerStatus.INTERRUPTED
 
     @property
@@ -230,6 +241,7 @@ class TrainerFacade:
 
     @property
     def checkpoint_callback(self) -> Any:
+        """The first one, or None."""
         return next(iter(self.checkpoint_callbacks), None)
 
     @property
@@ -238,10 +250,12 @@ class TrainerFacade:
 
     @property
     def early_stopping_callback(self) -> Any:
+        """The first one, or None."""
         return next(iter(self.early_stopping_callbacks), None)
 
     @property
     def progress_bar_callback(self) -> Any:
+        """The one there is, or None."""
         return next(iter(self._callbacks("trainyard.callbacks.progress", "ProgressBar")), None)
 
     @property
@@ -264,6 +278,7 @@ class TrainerFacade:
 
     @property
     def val_dataloaders(self) -> Any:
+        """One as it was given, or a list of several; None before there is one."""
         return _one_or_all(self._evaluated(TrainerFn.VALIDATING))
 
     @property
@@ -282,19 +297,23 @@ class TrainerFacade:
 
     @property
     def num_val_batches(self) -> list[int | float]:
+        """By loader, for this rank; inf if there is no telling."""
         return _lengths(self.eval_feeds if self.state.fn is TrainerFn.VALIDATING else self.val_feeds)
 
     @property
     def num_sanity_val_batches(self) -> list[int | float]:
+        """By loader, for this rank."""
         most = self.num_sanity_val_steps
         return [n if most == -1 else min(n, most) for n in self.num_val_batches]
 
     @property
     def num_test_batches(self) -> list[int | float]:
+        """By loader, for this rank; empty outside of `test`."""
         return _lengths(self.eval_feeds if self.state.fn is TrainerFn.TESTING else [])
 
     @property
     def num_predict_batches(self) -> list[int | float]:
+        """By loader, for this rank; empty outside of `predict`."""
         return _lengths(self.eval_feeds if self.state.fn is TrainerFn.PREDICTING else [])
 
     @property
@@ -312,15 +331,18 @@ class TrainerFacade:
 
     @property
     def estimated_stepping_batches(self) -> int | float:
+        """Steps of the whole run, for schedulers; inf if there is no telling. However many optimizers: one a window."""
         total = self._stepping_batches
         return float("inf") if total is None else total
 
     @property
     def max_epochs(self) -> int:
+        """-1: no limit."""
         return self.schedule.max_epochs
 
     @property
     def max_steps(self) -> int:
+        """Optimizer steps; -1: no limit."""
         return self.schedule.max_steps
 
     @property
@@ -333,6 +355,7 @@ class TrainerFacade:
 
     @property
     def val_check_interval(self) -> Any:
+        """Batches (int), or a fraction of an epoch (float)."""
         return self.schedule.val_check_interval
 
     @property
