@@ -160,10 +160,11 @@ def test_everything_is_as_if_nothing_had_happened(tmp_path: Path, scheduler: str
 
 def test_a_finished_run_does_nothing_more(tmp_path: Path) -> None:
     first = Run(tmp_path.as_uri(), "LambdaLR")
+    records = len(list(tmp_path.glob("run-1/commits/*")))  # a save that would overtake another one is left out
     again = Run(tmp_path.as_uri(), "LambdaLR")
     assert again.trainer.global_step == first.trainer.global_step
     assert [w.tolist() for w in again.model.parameters()] == [w.tolist() for w in first.model.parameters()]
-    assert len(list(tmp_path.glob("run-1/commits/*"))) == 1 + 3 + 1, "a fence more, no commit more"
+    assert len(list(tmp_path.glob("run-1/commits/*"))) == records + 1, "a fence more, no commit more"
 
 
 def test_a_time_trigger_saves(tmp_path: Path) -> None:

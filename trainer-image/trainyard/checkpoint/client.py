@@ -116,9 +116,11 @@ class LocalUploads(_OneInFlight):
         """Nothing: an uploader that is born with this process has no older saves."""
 
     def close(self) -> None:
-        """Nobody goes on when this process ends: a shard in flight gets a moment to be committed."""
+        """Nobody goes on when this process ends: what is in flight gets a moment to be committed, and what it replaces to
+        be deleted."""
         if self.busy:
             self.take(_LINGER_SECONDS)
+        self._service.settle(_LINGER_SECONDS)
 
 
 class SocketUploads(_OneInFlight):

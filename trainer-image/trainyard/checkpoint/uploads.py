@@ -63,6 +63,8 @@ class UploadService:
         self._upload_seconds = upload_seconds
         self._peers_seconds = peers_seconds
         self._changed = threading.Condition()
+        self._working = 0
+        """Shards that are seen to, up to the deletion of what they replace."""
         self._pending: dict[_Key, Staged] = {}
         self._replies: dict[_Key, Reply] = {}
         self._done: dict[_Key, Outcome] = {}
@@ -90,8 +92,10 @@ class UploadService:
             self._finish(staged, done)
             return
         self._sweep()
+        with self._changed:
+            self._working += 1
         threading.Thread(
-            target=self._handle, args=(staged, path), name=f"upload-{staged.step}-{staged.rank}", daemon=True
+            target=self._work, args=(staged, path), name=f"upload-{staged.step}-{staged.rank}", daemon=True
         ).start()
 
     def subscribe(self, listener: Listener) -> Callable[[], None]:
@@ -113,6 +117,19 @@ class UploadService:
         with self._changed:
             self._changed.wait_for(lambda: not self._pending, timeout=seconds)
             return len(self._pending)
+
+    def settle(self, seconds: float) -> bool:
+        """Wait until nothing is done any more, the deletion of old checkpoints neither; False at the bound."""
+        with self._changed:
+            return self._changed.wait_for(lambda: not self._working, timeout=seconds)
+
+    def _work(self, staged: Staged, path: Path) -> None:
+        try:
+            self._handle(staged, path)
+        finally:
+            with self._changed:
+                self._working -= 1
+                self._changed.notify_all()
 
     def _handle(self, staged: Staged, path: Path) -> None:
         try:
