@@ -130,6 +130,32 @@ def test_returned_metrics_and_scores_are_the_same(outcomes: tuple[Outcomes, Outc
         assert outcomes[1][script]["score"] == pytest.approx(outcomes[0][script]["score"], rel=3e-7)
 
 
+ABSENT = {"callbacks.ModelPruning", "callbacks.SpikeDetection", "loggers.LitLogger", "profilers.XLAProfiler"}
+OTHER_DEFAULTS = {
+    # Objects in place of which we have a word for them.
+    ("callbacks.BackboneFinetuning", "lambda_func"), ("callbacks.RichProgressBar", "theme"),
+    ("callbacks.StochasticWeightAveraging", "device"), ("callbacks.Timer", "interval"),
+}  # fmt: skip
+
+
+def test_arguments_and_defaults_are_lightnings(outcomes: tuple[Outcomes, Outcomes]) -> None:
+    """Of the Trainer, its methods, and all callbacks, loggers and profilers: what the migration page calls the same."""
+    theirs, ours = (each["signatures"] for each in outcomes)
+    assert len(theirs) > 40
+    assert len(theirs["Trainer.__init__"]) == 1 + 41
+    assert set(theirs) - set(ours) == ABSENT
+    different = [
+        (name, argument, default, ours[name].get(argument))
+        for name, arguments in theirs.items()
+        if name not in ABSENT
+        for argument, default in arguments.items()
+        if ours[name].get(argument) != default
+        and (argument in ours[name] or "**" not in ours[name])
+        and (name, argument) not in OTHER_DEFAULTS
+    ]
+    assert not different
+
+
 def test_only_import_lines_are_changed() -> None:
     """For all that the other tests say of scripts."""
     for name in runner.SCRIPTS:

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import csv
 import hashlib
+import inspect
 import json
 import os
 import re
 import sys
 import warnings
+from importlib import import_module
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
@@ -90,13 +93,33 @@ def digest(tensor: Any) -> str:
     ).hexdigest()
 
 
+def signatures(package: str) -> dict[str, dict[str, str]]:
+    """By public name: its parameters, with the `repr` of their defaults. "**" is there for one that takes any."""
+    found: dict[str, dict[str, str]] = {}
+    top = import_module(package)
+    for part, names in {
+        "": ["Trainer.__init__", *(f"Trainer.{fn}" for fn in ("fit", "validate", "test", "predict", "save_checkpoint")),
+             *(f"LightningModule.{fn}" for fn in ("log", "log_dict", "save_hyperparameters", "all_gather", "optimizers",
+                                                  "optimizer_step", "configure_gradient_clipping"))],
+        "callbacks": None, "loggers": None, "profilers": None,
+    }.items():  # fmt: skip
+        module = import_module(f"{package}.{part}") if part else top
+        for name in names or module.__all__:
+            parameters = inspect.signature(attrgetter(name)(module)).parameters.values()
+            found[f"{part}.{name}".strip(".")] = {
+                "**" if p.kind is p.VAR_KEYWORD else p.name: repr(p.default) for p in parameters
+            }
+    return found
+
+
 def main(library: str, folder: str, *site_packages: str) -> None:
     sys.path += site_packages
     warnings.simplefilter("ignore")
     import torch
 
     torch.set_num_threads(1)
-    found = {name: run(name, library, Path(folder) / library / name) for name in SCRIPTS}
+    found: dict[str, Any] = {name: run(name, library, Path(folder) / library / name) for name in SCRIPTS}
+    found["signatures"] = signatures(f"{library}.pytorch")
     Path(folder, f"{library}.json").write_text(json.dumps(found))
 
 
