@@ -109,7 +109,9 @@ def main() -> None:
 
     L.seed_everything(args.seed)
     model = pretrained(args.backbone, epochs=8)
-    L.seed_everything(args.seed, verbose=False)  # the same start whether or not the backbone had to be trained
+    L.seed_everything(
+        args.seed, verbose=False
+    )  # the same start whether or not the backbone had to be trained
     model.head.reset_parameters()
     trainer = L.Trainer(
         max_epochs=args.epochs,

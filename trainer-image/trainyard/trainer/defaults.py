@@ -27,7 +27,10 @@ def make_loggers(given: Any, root: str, *, quick: bool) -> list[Logger]:
         return [DummyLogger()]
     if given is None or given is True:
         if "://" in root:
-            _log.warning("default_root_dir: loggers write to folders, not to %s; give the Trainer loggers of its own", root)
+            _log.warning(
+                "default_root_dir: loggers write to folders, not to %s; give the Trainer loggers of its own",
+                root,
+            )
             return []
         return [default_logger(root)]
     loggers = [given] if isinstance(given, Logger) else list(given)
