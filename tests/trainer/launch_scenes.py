@@ -29,7 +29,9 @@ class Evaluated(Failing):
 
 def trainer(folder: Path, run: str = "", **kwargs: Any) -> L.Trainer:
     L.seed_everything(1, verbose=False)
-    checkpoint = L.CheckpointConfig(uri=(folder / "engine").as_uri(), every_n_steps=100, run=run) if run else None
+    checkpoint = (
+        L.CheckpointConfig(uri=(folder / "engine").as_uri(), every_n_steps=100, run=run) if run else None
+    )
     return L.Trainer(
         accelerator="cpu", strategy="ddp_fork", devices=2, max_epochs=2, logger=False, enable_progress_bar=False,
         enable_model_summary=False, num_sanity_val_steps=0, default_root_dir=folder, checkpoint=checkpoint, **kwargs,
@@ -60,7 +62,7 @@ def whole_story(folder: Path) -> dict[str, Any]:
     asked = (fitter.world_size, fitter.global_rank, fitter.num_devices)
     fitter.fit(module, loader(48), loader(8))
     expected = sum(batch[0].sum().item() for batch in loader(8))
-    found = {
+    return {
         "asked": asked, "weights": weights(module), "step": fitter.global_step, "epoch": fitter.current_epoch,
         "metrics": sorted(fitter.callback_metrics), "best": keeper.best_model_path, "status": fitter.state.status,
         "there": Path(keeper.best_model_path).exists(), "best score": float(keeper.best_model_score),
@@ -68,7 +70,6 @@ def whole_story(folder: Path) -> dict[str, Any]:
         "tested": fitter.test(module, loader(8), verbose=False), "expected": expected,
         "predicted": [tuple(p.shape) for p in fitter.predict(module, loader(8))], "children": children(),
     }  # fmt: skip
-    return found
 
 
 def main() -> None:
