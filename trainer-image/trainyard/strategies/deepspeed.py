@@ -119,6 +119,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         }  # fmt: skip
         self._engine: Any = None
         self._groups: Groups | None = None
+        self._optimizer: Optimizer | None = None
         self._loaded: dict[str, Any] | None = None
         """Weights that the engine, which is still to be made, shall have."""
         self._manual = False
@@ -228,7 +229,11 @@ class DeepSpeedStrategy(ParallelStrategy):
             self._loaded = None
         if isinstance(self.precision, DeepSpeedPrecision):
             self.precision.loss_scaler = getattr(zero, "loss_scaler", None)
-        return [zero]
+        # Not the engine's: callbacks and hooks look for a torch optimizer, and schedulers have this one. Its own zero_grad
+        # would drop the buffers that gradients are offloaded into.
+        optimizer.zero_grad = zero.zero_grad  # type: ignore[method-assign]
+        self._optimizer = optimizer
+        return [optimizer]
 
     def _make_engine(
         self, module: LightningModule, optimizer: Optimizer | None, config: dict[str, Any]
@@ -288,6 +293,9 @@ class DeepSpeedStrategy(ParallelStrategy):
             plain(module, weights)
         if isinstance(self.precision, DeepSpeedPrecision):
             self.precision.loss_scaler = None
+        if self._optimizer is not None:
+            vars(self._optimizer).pop("zero_grad", None)
+            self._optimizer = None
         super().teardown(module)
 
     # ---- a step
@@ -315,7 +323,7 @@ class DeepSpeedStrategy(ParallelStrategy):
         if answer is not None or self._manual:
             engine.step()
             # The first step may have been left out for an inf: a scheduler would warn.
-            engine.optimizer.optimizer._opt_called = True
+            optimizer._opt_called = True  # type: ignore[attr-defined]
         return answer
 
     def clip_gradients(

@@ -114,6 +114,7 @@ def whole_optimizer(zero: Any, groups: Groups, *, keep: bool) -> dict[str, Any]:
     """`optimizer.state_dict()` of the optimizer before it was given to ZeRO; {} where `keep` is False."""
     from deepspeed.utils import safe_get_full_optimizer_state
 
+    _link(zero)
     state: dict[int, dict[str, Any]] = {}
     packed: list[dict[str, Any]] = []
     number = 0
@@ -173,7 +174,13 @@ def _make_room(
                     have[key] = torch.zeros_like(flat)
             else:
                 have[key] = value.clone() if isinstance(value, torch.Tensor) else value
-    if hasattr(zero, "_hp_optimizer_states_linked"):
+    _link(zero)
+
+
+def _link(zero: Any) -> None:
+    """Have stages 1 and 2 find each parameter's part of the states. They do so by themselves after the first group's first
+    step, when there are none of the other groups yet."""
+    if hasattr(zero, "_hp_optimizer_states_linked") and zero.optimizer.state:
         zero._hp_optimizer_states_linked = False
         zero._lazy_init_hp_params_optimizer_state()
 
