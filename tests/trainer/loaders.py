@@ -167,6 +167,47 @@ class StatefulStream(Stream):
         self.start, self.rounds = state["at"], state["rounds"]
 
 
+class InnerState(Stream):
+    """As StatefulStream, with its state where no attribute shows it, which is back at the start after an epoch."""
+
+    def __init__(self, sized: bool = False) -> None:
+        super().__init__(sized)
+        self.inner = {"at": 0, "rounds": 0}
+
+    def __iter__(self) -> Iterator[Sample]:
+        for number in self.part()[self.inner["at"] :]:
+            self.inner["at"] += 1
+            label, data = noisy(number)
+            yield label, data + 0.1 * self.inner["rounds"]
+        self.inner = {"at": 0, "rounds": self.inner["rounds"] + 1}
+
+    def state_dict(self) -> dict[str, Any]:
+        return dict(self.inner)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner = dict(state)
+
+
+class InnerStart(Stream):
+    """Begins where it was told, once: the state of an epoch's end would make the next one empty."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = {"at": 0, "start": 0}
+
+    def __iter__(self) -> Iterator[Sample]:
+        start, self.inner["start"] = self.inner["start"], 0
+        for number in self.part()[start:]:
+            self.inner["at"] = number - self.part().start + 1
+            yield noisy(number)
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"at": self.inner["at"]}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.inner = {"at": state["at"], "start": state["at"]}
+
+
 class Place:
     """An iterator with a state, of a dataset without one; numpy in it, as in many."""
 
@@ -301,6 +342,9 @@ LOADERS: dict[str, Callable[[], Any]] = {
     "dict of one": lambda: {"a": DataLoader(Numbers(), 4, shuffle=True)},
     "iterable with state": lambda: DataLoader(StatefulStream(), 4),
     "iterable with state and length": lambda: DataLoader(StatefulStream(True), 4),
+    "iterable with inner state": lambda: DataLoader(InnerState(), 4),
+    "iterable with inner state and length": lambda: DataLoader(InnerState(True), 1),
+    "iterable with inner start": lambda: DataLoader(InnerStart(), 4),
     "iterator with state": lambda: DataLoader(StreamOfPlaces(), 4),
     "iterable": lambda: DataLoader(Stream(), 4),
     "iterable, no collation": lambda: DataLoader(Stream(True), batch_size=None),

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
+import pickle
 import random
 from collections import Counter as Tally
 from collections.abc import Callable, Iterator
@@ -422,6 +424,21 @@ def test_loader_options_are_carried_over() -> None:
         worker.join(10)
 
 
+def test_batches_are_in_order_whatever_the_loader_says(caplog: pytest.LogCaptureFixture) -> None:
+    _said.clear()
+    feed = make_feed(DataLoader(Plain(), 3, num_workers=2, in_order=False), rank=0, world=1, seed=5)
+    assert [n for _, data in feed.iterate(0, 0) for n in data.tolist()] == list(range(COUNT))
+    assert "in_order=False" in caplog.text
+
+
+def test_what_workers_get_can_be_pickled() -> None:
+    """They may be spawned."""
+    for loader in (DataLoader(Numbers(), 3, num_workers=1), DataLoader(StatefulStream(), 3, num_workers=1)):
+        made: Any = make_feed(loader, rank=0, world=1, seed=5)._loader  # type: ignore[attr-defined]
+        copy, *_ = pickle.loads(pickle.dumps((made.dataset, made.worker_init_fn, made.collate_fn)))  # noqa: S301
+        assert type(copy.dataset) is type(loader.dataset)
+
+
 class Twice(DataLoader[Any]):
     """Gives every batch twice, as loaders for repeated augmentation do."""
 
@@ -516,3 +533,19 @@ def test_a_stream_in_another_world_says_that_it_is_not_exact(caplog: pytest.LogC
     rest = [plan for plan, _ in alone.iterate(0, used)]
     assert [plan.end for plan in rest] == [5, 6]
     assert "another one since the last checkpoint" in caplog.text
+
+
+@pytest.mark.parametrize("data", [Plain(), StatefulStream()], ids=["map-style", "iterable"])
+def test_closing_ends_workers_that_live_from_epoch_to_epoch(data: Any) -> None:
+    feed = make_feed(DataLoader(data, 3, num_workers=1, persistent_workers=True), rank=0, world=1, seed=5)
+    batches = feed.iterate(0, 0)
+    next(batches)
+    (worker,) = feed._loader._iterator._workers  # type: ignore[attr-defined]
+    batches.close()  # type: ignore[attr-defined]
+    assert worker.is_alive()
+    gc.disable()  # nobody has to collect them
+    try:
+        feed.close()
+    finally:
+        gc.enable()
+    assert not worker.is_alive()

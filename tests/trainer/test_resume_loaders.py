@@ -165,7 +165,7 @@ def test_without_the_state_of_the_loader_it_would_differ(
 
 def test_without_the_generators_it_would_differ(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     whole = Run(LOADERS["shuffle"], tmp_path / "none.ckpt")
-    monkeypatch.setattr("trainyard.trainer.persistence.set_rng_state", lambda state: None)
+    monkeypatch.setattr("trainyard.trainer.restoring.set_rng_state", lambda state: None)
     resumed = broken(LOADERS["shuffle"], tmp_path / "some.ckpt", 3, 1)
     assert resumed.result[0] != whole.result[0]
 

@@ -157,6 +157,10 @@ class CombinedFeed:
                 cycle, _, done = self._places[n]
                 self._places[n] = (cycle, plan.end, done or plan.last)
 
+    def close(self) -> None:
+        for part in self.parts:
+            part.close()
+
     # ---- state
 
     def state(self) -> dict[str, Any]:

@@ -53,3 +53,7 @@ class Feed(Protocol):
     def load_state(self, state: dict[str, Any], *, moved: bool = False) -> None:
         """For the next `iterate`. `moved`: the world size is another one, and `state` is that of rank 0."""
         ...
+
+    def close(self) -> None:
+        """After the last epoch: workers that live from epoch to epoch end now, and not when somebody collects garbage."""
+        ...

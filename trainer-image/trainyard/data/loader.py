@@ -41,10 +41,10 @@ class SampledFeed:
         self._dataset, self._collate = loader.dataset, loader.collate_fn
         self._collates = loader.batch_sampler is not None
         self._given: deque[tuple[Batch, list[Any], int]] = deque()
+        self._asked = _Asked()
         self._loader: DataLoader[Any] | None = None
         if loader.num_workers or loader.pin_memory or not is_plain(loader):
             self._loader = self._remade(loader, rank)
-        self._next: Iterator[Any] = iter(())
         self._items: list[Any] = []
         self._digest = 0
         self._data_memory = Memory(loader.dataset)
@@ -59,7 +59,7 @@ class SampledFeed:
 
         # A generator of its own: making an iterator draws from it, and must not move the global one.
         changes: dict[str, Any] = {"generator": torch.Generator()}
-        changes["batch_sampler" if self._collates else "sampler"] = _Asked(self)
+        changes["batch_sampler" if self._collates else "sampler"] = self._asked
         if loader.num_workers:
             changes["dataset"] = SeededDataset(loader.dataset)
             changes["worker_init_fn"] = WorkerInit(loader.worker_init_fn, rank)
@@ -151,18 +151,24 @@ class SampledFeed:
         self, loader: DataLoader[Any], cursor: Cursor, batches: Iterator[Batch], epoch: int, used: int
     ) -> Iterator[tuple[Batch, Any]]:
         self._given.clear()
-        self._next = self._ask(cursor, batches, epoch, seeded=loader.num_workers > 0)
+        self._asked.batches = self.batches_from(used)
+        self._asked.next = asking = self._ask(cursor, batches, epoch, seeded=loader.num_workers > 0)
         loader.generator.manual_seed(derived_seed("loader", self.seed, epoch, used))
-        for data in loader:
-            if not self._given:
+        try:
+            for data in loader:
+                if not self._given:
+                    raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
+                batch, self._items, self._digest = self._given.popleft()
+                self._used = True
+                yield batch, data
+            if self._given:
                 raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
-            batch, self._items, self._digest = self._given.popleft()
-            self._used = True
-            yield batch, data
-        if self._given:
-            raise MisconfigurationException(_OWN_WAY.format(type(loader).__name__))
+        finally:
+            # No way back to here from the loader: workers whose end is the garbage collector's matter end late.
+            asking.close()
+            self._asked.next = iter(())
 
-    def _ask(self, cursor: Cursor, batches: Iterator[Batch], epoch: int, *, seeded: bool) -> Iterator[Any]:
+    def _ask(self, cursor: Cursor, batches: Iterator[Batch], epoch: int, *, seeded: bool) -> Generator[Any, None, None]:
         for batch in batches:
             items = cursor.take(batch)
             self._given.append((batch, items, cursor.digest))
@@ -181,6 +187,10 @@ class SampledFeed:
             return []
         found = self._items[0] if self._whole else self._items
         return list(found) if isinstance(found, list | tuple) else [found]
+
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader._iterator = None
 
     # ---- state
 
@@ -229,17 +239,17 @@ class SampledFeed:
 class _Asked:
     """Sampler, or batch sampler, of the DataLoader: what to read next is decided when its iterator is made."""
 
-    def __init__(self, feed: SampledFeed) -> None:
-        self._feed = feed
+    def __init__(self) -> None:
+        self.next: Iterator[Any] = iter(())
+        self.batches: int | None = None
 
     def __len__(self) -> int:
-        batches = self._feed.batches
-        if batches is None:
+        if self.batches is None:
             raise TypeError("the sampler has no length")
-        return batches
+        return self.batches
 
     def __iter__(self) -> Iterator[Any]:
-        return self._feed._next
+        return self.next
 
 
 def _is_stateful(found: Any) -> bool:

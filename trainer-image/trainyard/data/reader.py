@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple
 
 import torch
-from torch.utils.data import IterableDataset, get_worker_info
+from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from trainyard.data.memory import Memory, pack, unpack
 from trainyard.data.order import set_epoch
@@ -56,7 +56,7 @@ class Reader(IterableDataset[Item]):
         self._every, self._draws = every, draws
         self._iterator: Any = None
         self._memory = Memory(source)
-        self._ended = False
+        self._ended = self._took_end = False
         # Workers may live on from epoch to epoch; these are what they hear.
         self._round_epoch = torch.zeros(2, dtype=torch.int64)
         if shared:
@@ -96,6 +96,7 @@ class Reader(IterableDataset[Item]):
     def read(self, worker: int, epoch: int, place: Place) -> Iterator[Item]:
         if place.state and "ended" in place.state:
             self._memory.load(place.state["ended"])
+            self.take_end(place.state)
             return
         base = derived_seed("stream", *self._seed, epoch, worker)
         self._reseed(base)
@@ -109,6 +110,11 @@ class Reader(IterableDataset[Item]):
         while True:
             self._reseed(base + number * _ODD)
             found = self._fetch(iterator)
+            if found is None and self._took_end:
+                # It took the state of an epoch's end for the place to go on at, and begins with the next iteration.
+                iterator = self._iterator = iter(self.dataset)
+                found = self._fetch(iterator)
+            self._took_end = False
             if found is None:
                 return
             data = found[0] if self._collate is None else self._collate(found[0])
@@ -120,16 +126,23 @@ class Reader(IterableDataset[Item]):
         """Of the dataset and its iterator, as they are now; None if they have no state.
 
         A last batch that was not full has ended the dataset's iteration: a state of that moment would be taken for the
-        begin of the next one, or its end, as the dataset likes. Its attributes are not open to interpretation.
+        begin of the next one, or its end, as the dataset likes. Its attributes are not open to interpretation, where
+        they hold it.
         """
-        if self._ended:
-            return {"ended": self._memory.state()}
-        parts = {}
+        parts: dict[str, Any] = {"ended": self._memory.state()} if self._ended else {}
         if is_stateful(self.dataset):
             parts["source"] = pack(self.dataset.state_dict())
         if self._iterator is not self.dataset and is_stateful(self._iterator):
             parts["iterator"] = pack(self._iterator.state_dict())
         return parts or None
+
+    def take_end(self, end: dict[str, Any] | None) -> None:
+        """At the end of an iteration: what of `end`, from `capture`, the dataset's attributes do not tell."""
+        if not end or "source" not in end or isinstance(self.dataset, DataLoader):
+            return
+        if repr(pack(self.dataset.state_dict())) != repr(end["source"]):
+            self.dataset.load_state_dict(unpack(end["source"]))
+            self._took_end = True
 
     def _restored(self, state: Any) -> Any:
         if not state:

@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
-from trainyard.data.memory import Memory, unpack
+from trainyard.data.memory import Memory
 from trainyard.data.once import warn_once
 from trainyard.data.reader import DATA, END, Item, Place, Reader
 from trainyard.data.sampler import Batch
@@ -43,7 +43,7 @@ class StreamFeed:
         self._places: list[Place] = []
         self._turn = self._number = 0
         self._epoch = -1
-        self._finished = self._took_end = False
+        self._finished = False
         self._begun: dict[str, Any] = {}
         self._before: list[dict[str, Any]] = []
         self._after: list[dict[str, Any]] = []
@@ -66,21 +66,9 @@ class StreamFeed:
         if not self._restore(epoch, number) and number:
             drop = self._read_again(number)
         self._epoch, self._number, self._finished = epoch, number, False
-        return self._planned(self._items(epoch, number), drop, number)
-
-    def _items(self, epoch: int, number: int) -> Iterator[Item]:
         self._reader.begin(epoch, self._places, self._turn, self._before)
         items = self._from_workers(epoch, number) if self._workers else self._from_here()
-        first = next(items, None)
-        if first is None and self._took_end:
-            # It took the state of an epoch's end for the place to go on at, and begins with the next iteration.
-            self._reader.begin(epoch, [], 0, [])
-            items = self._from_here()
-            first = next(items, None)
-        self._took_end = False
-        if first is not None:
-            yield first
-            yield from items
+        return self._planned(items, drop, number)
 
     def _read_again(self, number: int) -> int:
         """Without a state: how many batches are to be thrown away here. A single reader does it itself."""
@@ -159,6 +147,10 @@ class StreamFeed:
                 if len(ended) == self._workers:
                     return
 
+    def close(self) -> None:
+        if self._loader is not None:
+            self._loader._iterator = None
+
     # ---- state
 
     def state(self) -> dict[str, Any]:
@@ -193,7 +185,7 @@ class StreamFeed:
         same = state["epoch"] == epoch and (number > 0 or not state["number"])
         if not same:
             self._memory.load(state["now"])
-            self._end_as(state["end"])
+            self._reader.take_end(state["end"])
         else:
             self._memory.load(state["begun"])
         self._begun = self._memory.state()
@@ -210,17 +202,6 @@ class StreamFeed:
                 return False
         self._places, self._turn = [Place(*place) for place in state["places"]], state["turn"]
         return True
-
-    def _end_as(self, end: Any) -> None:
-        """A state that is not in plain attributes is taken over at the end of an epoch too."""
-        from torch.utils.data import DataLoader
-
-        source = self._reader.dataset
-        if not end or "source" not in end or isinstance(source, DataLoader):
-            return
-        if repr(self._reader.capture()) != repr(end):
-            source.load_state_dict(unpack(end["source"]))
-            self._took_end = True
 
 
 _READS_AGAIN = (

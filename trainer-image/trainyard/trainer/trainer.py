@@ -293,6 +293,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
                 if self.checkpointer is not None:
                     self.checkpointer.close(failed=failed)
                     self.checkpointer = None
+                self._close_feeds()
                 self.metrics.finalize("failed" if failed else "success")
                 self.profiler.describe()
                 self.profiler.teardown(fn.value)
@@ -432,9 +433,15 @@ class Trainer(CheckpointFiles, TrainerFacade):
         """At the start of an epoch: ask train_dataloader again, if reload_dataloaders_every_n_epochs says so."""
         every, epoch = self.reload_dataloaders_every_n_epochs, self.loop_state.epoch
         if every and epoch and epoch % every == 0:
+            self._close_feeds()
             self._train_feed = None
             if _has_step(self.lightning_module, "validation_step"):
                 self.val_feeds = eval_feeds(self, self._given["val"], "val")
+
+    def _close_feeds(self) -> None:
+        for feed in (self._train_feed, *self.val_feeds, *self.eval_feeds):
+            if feed is not None:
+                feed.close()
 
     @property
     def accumulating(self) -> bool:
