@@ -331,7 +331,7 @@ def test_should_stop_waits_for_the_minimum() -> None:
     ("returned", "said"),
     [
         (lambda o: [o, o], "must give one optimizer"),
-        (lambda o: None, "must give one optimizer"),
+        (lambda o: [], "must give one optimizer"),
         (lambda o: {"optimiser": o}, "keys"),
         (lambda o: {"optimizer": o, "lr_scheduler": {"interval": "step"}}, "lr_scheduler"),
         (
@@ -347,3 +347,16 @@ def test_configure_optimizers_says_what_it_takes(returned: Any, said: str) -> No
 
     with pytest.raises(MisconfigurationException, match=said):
         trainer().fit(Odd(), loader())
+
+
+def test_without_an_optimizer_nothing_is_learnt_and_all_else_happens(caplog: pytest.LogCaptureFixture) -> None:
+    class Still(Regression):
+        def configure_optimizers(self) -> Any:
+            return None
+
+    model, fit = Still(), trainer()
+    before = model.net.weight.detach().clone()
+    fit.fit(model, loader())
+    assert torch.equal(model.net.weight, before)
+    assert fit.global_step == 3
+    assert "learns nothing" in caplog.text

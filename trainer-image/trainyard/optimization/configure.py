@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
 from trainyard.errors import MisconfigurationException
+from trainyard.optimization.nothing import NoOptimizer
 
 if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainyard.core.module import LightningModule
+
+_log = logging.getLogger("trainyard")
 
 _FORMS = (
     "an optimizer, a list of them, ([optimizers], [schedulers]), {'optimizer': ..., 'lr_scheduler': scheduler or dict}, "
@@ -36,7 +40,13 @@ def configure(module: LightningModule) -> tuple[list[Optimizer], list[SchedulerC
     """Of `module.configure_optimizers()`. Raises MisconfigurationException for what it does not understand."""
     from torch.optim import Optimizer
 
-    optimizers, schedulers = _split(module.configure_optimizers())
+    returned = module.configure_optimizers()
+    optimizers, schedulers = _split(returned)
+    if returned is None and module.automatic_optimization:
+        _log.warning(
+            "configure_optimizers returned None: this fit runs without an optimizer, and learns nothing"
+        )
+        return [NoOptimizer()], []
     wrong = [type(o).__name__ for o in optimizers if not isinstance(o, Optimizer)]
     if wrong:
         raise MisconfigurationException(
