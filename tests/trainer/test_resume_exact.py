@@ -113,7 +113,7 @@ def test_without_the_generators_it_would_differ(host: Host, run_env: dict[str, s
     """The other tests could not fail if nothing random happened between a save and the end."""
     script = tmp_path / "forgetful.py"
     script.write_text(
-        f"import runpy, sys\nimport trainyard.trainer.persistence as p\np.set_rng_state = lambda state: None\n"
+        f"import runpy, sys\nimport trainyard.trainer.restoring as p\np.set_rng_state = lambda state: None\n"
         f"sys.argv[0] = {DIGITS!r}\nrunpy.run_path({DIGITS!r}, run_name='__main__')\n"
     )
     unbroken = host.start([DIGITS, *SMALL], env={**run_env, "TRAINYARD_RUN_UID": "unbroken"})

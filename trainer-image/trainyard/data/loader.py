@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 from trainyard.data.feed import Feed
@@ -168,7 +168,9 @@ class SampledFeed:
             asking.close()
             self._asked.next = iter(())
 
-    def _ask(self, cursor: Cursor, batches: Iterator[Batch], epoch: int, *, seeded: bool) -> Generator[Any, None, None]:
+    def _ask(
+        self, cursor: Cursor, batches: Iterator[Batch], epoch: int, *, seeded: bool
+    ) -> Generator[Any, None, None]:
         for batch in batches:
             items = cursor.take(batch)
             self._given.append((batch, items, cursor.digest))
