@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import os
 import random
+import sys
 from collections.abc import Iterator
 from types import TracebackType
 from typing import Any
@@ -37,6 +38,7 @@ def seed_everything(seed: int | None = None, workers: bool = False, verbose: boo
     random.seed(seed)
     np.random.seed(seed)
     torch.manual_seed(seed)
+    _seed_xla(seed)
     return seed
 
 
@@ -57,6 +59,7 @@ def reseed(seed: int) -> None:
 
     reseed_cpu(seed)
     torch.manual_seed(seed)
+    _seed_xla(seed)
 
 
 def reseed_cpu(seed: int) -> None:
@@ -92,6 +95,8 @@ def rng_state() -> dict[str, Any]:
     }
     for kind, device in _devices():
         state[kind] = [device.get_rng_state()] if kind == "mps" else device.get_rng_state_all()
+    if (xla := _xla()) is not None:
+        state["xla"] = int(xla.get_rng_state())
     return state
 
 
@@ -111,6 +116,18 @@ def set_rng_state(state: dict[str, Any]) -> None:
         elif kind in state:
             for index, one in enumerate(state[kind][: device.device_count()]):
                 device.set_rng_state(one, index)
+    if (xla := _xla()) is not None and "xla" in state:
+        xla.set_rng_state(state["xla"])
+
+
+def _xla() -> Any:
+    """torch_xla.core.xla_model, once a strategy has imported it. Its generator is one number, for one device."""
+    return sys.modules.get("torch_xla.core.xla_model")
+
+
+def _seed_xla(seed: int) -> None:
+    if (xla := _xla()) is not None:
+        xla.set_rng_state(seed % 2**31)
 
 
 def _devices(*, unused: bool = False) -> Iterator[tuple[str, Any]]:

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from trainyard.strategies.model_parallel import ModelParallelStrategy
     from trainyard.strategies.parallel import ParallelStrategy
     from trainyard.strategies.single import SingleDeviceStrategy
+    from trainyard.strategies.xla import SingleDeviceXLAStrategy, XLAStrategy
 
 _WHERE = {
     "DDPStrategy": "trainyard.strategies.ddp",
@@ -27,7 +28,9 @@ _WHERE = {
     "ModelParallelStrategy": "trainyard.strategies.model_parallel",
     "ParallelStrategy": "trainyard.strategies.parallel",
     "SingleDeviceStrategy": "trainyard.strategies.single",
+    "SingleDeviceXLAStrategy": "trainyard.strategies.xla",
     "Strategy": "trainyard.strategies.base",
+    "XLAStrategy": "trainyard.strategies.xla",
 }
 
 __all__ = [
@@ -37,7 +40,9 @@ __all__ = [
     "ModelParallelStrategy",
     "ParallelStrategy",
     "SingleDeviceStrategy",
+    "SingleDeviceXLAStrategy",
     "Strategy",
+    "XLAStrategy",
     "equip",
     "make_strategy",
 ]
@@ -66,7 +71,9 @@ def make_strategy(
     if isinstance(name, Strategy):
         strategy = name
     elif name == "auto":
-        strategy = strategy_by_name("ddp" if several else "single_device")
+        xla = make_accelerator(accelerator).device_type == "xla"
+        by_count = ("single_xla", "xla") if xla else ("single_device", "ddp")
+        strategy = strategy_by_name(by_count[several])
     else:
         strategy = strategy_by_name(str(name))
     if isinstance(strategy, SingleDeviceStrategy) and place.world_size > 1:
@@ -76,6 +83,10 @@ def make_strategy(
     strategy.place, strategy.devices = place, devices
     if strategy.accelerator == "auto":  # unless the strategy was given one
         strategy.accelerator = make_accelerator(accelerator)
+    if getattr(strategy.accelerator, "device_type", "") == "xla" and "xla" not in strategy.name:
+        raise MisconfigurationException(
+            f"strategy: {strategy.name!r} does not run on accelerator='tpu'; leave it out, or use 'xla'"
+        )
     return strategy
 
 

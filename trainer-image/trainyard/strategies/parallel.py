@@ -74,7 +74,7 @@ class ParallelStrategy(Strategy):
 
         super().connect()
         if not dist.is_initialized():
-            index = self.device if self.device.type not in ("cpu", "mps") else None
+            index = self.device if self.device.type not in ("cpu", "mps", "xla") else None
             alone = self.world_size == 1 and not self.place.launched
             where: dict[str, Any] = {}
             if alone:  # no launcher has said where to meet, and there is nobody to be met

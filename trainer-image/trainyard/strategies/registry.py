@@ -14,6 +14,8 @@ if TYPE_CHECKING:
 _DDP = "trainyard.strategies.ddp:DDPStrategy"
 _FSDP = "trainyard.strategies.fsdp:FSDPStrategy"
 _DEEPSPEED = "trainyard.strategies.deepspeed:DeepSpeedStrategy"
+_XLA = "trainyard.strategies.xla:XLAStrategy"
+_SINGLE_XLA = "trainyard.strategies.xla:SingleDeviceXLAStrategy"
 _SINGLE = "trainyard.strategies.single:SingleDeviceStrategy"
 
 STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -30,6 +32,10 @@ STRATEGIES: dict[str, tuple[str, dict[str, Any]]] = {
     },
     "fsdp": (_FSDP, {}),
     "fsdp_cpu_offload": (_FSDP, {"cpu_offload": True}),
+    "xla": (_XLA, {}),
+    "xla_debug": (_XLA, {"debug": True}),
+    "single_xla": (_SINGLE_XLA, {}),
+    "single_tpu": (_SINGLE_XLA, {}),
     "deepspeed": (_DEEPSPEED, {}),
     **{f"deepspeed_stage_{stage}": (_DEEPSPEED, {"stage": stage}) for stage in (1, 2, 3)},
     "deepspeed_stage_2_offload": (_DEEPSPEED, {"stage": 2, "offload_optimizer": True}),
