@@ -349,7 +349,9 @@ def test_configure_optimizers_says_what_it_takes(returned: Any, said: str) -> No
         trainer().fit(Odd(), loader())
 
 
-def test_without_an_optimizer_nothing_is_learnt_and_all_else_happens(caplog: pytest.LogCaptureFixture) -> None:
+def test_without_an_optimizer_nothing_is_learnt_and_all_else_happens(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
     class Still(Regression):
         def configure_optimizers(self) -> Any:
             return None
