@@ -15,7 +15,7 @@ from torch import nn
 
 import trainyard as L
 from tests.trainer.models import numbers
-from tests.trainer.strategy_ranks import Net, connected, prepared, train, whole_run
+from tests.trainer.strategy_ranks import Net, connected, prepared, share, train, whole_run
 from trainyard.callbacks import Callback, LearningRateMonitor
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.errors import MisconfigurationException
@@ -44,20 +44,47 @@ def numbers_of_stages() -> dict[str, Any]:
     for number in STAGES:
         for name, options in OPTIONS.items():
             found[f"{number} {name}"] = whole_run(stage(number), **options)
+    found["ddp batch norm"] = whole_run("ddp", steps=2, batch_norm=True)
+    for number in STAGES:
+        found[f"{number} batch norm"] = whole_run(stage(number), steps=2, batch_norm=True)
     found["2 offload plain"] = whole_run(stage(2, offload_optimizer=True), steps=4)
     found["3 offload plain"] = whole_run(stage(3, offload_optimizer=True, offload_parameters=True), steps=4)
     return found
 
 
 def precisions() -> dict[str, Any]:
+    from deepspeed.accelerator import get_accelerator
+
+    # DeepSpeed wants a processor that is fast with float16; torch computes with it on every one.
+    get_accelerator().is_fp16_supported = lambda: True
     found: dict[str, Any] = {}
-    for name in ("bf16-mixed", "bf16-true", "16-mixed"):
-        for number in STAGES:
-            try:
-                found[f"{number} {name}"] = whole_run(stage(number), precision=name, clip=(0.1, "norm"))
-            except ValueError as error:
-                found[f"{number} {name}"] = str(error)
+    for number in STAGES:
+        for name in ("bf16-mixed", "bf16-true", "16-mixed"):
+            strategy = stage(number, initial_scale_power=5, hysteresis=1)
+            found[f"{number} {name}"] = whole_run(strategy, precision=name, clip=(0.1, "norm"))
+        found[f"{number} scaler"] = scaler(number)
     return found
+
+
+def scaler(number: int) -> list[Any]:
+    """The loss scale before, and after a step with a gradient that does not fit into float16; whether weights moved."""
+    strategy = connected(stage(number, initial_scale_power=5, hysteresis=1), "16-mixed")
+    module = Net()
+    optimizer = prepared(strategy, module)
+    train(strategy, module, optimizer, range(1))
+    kept, before = strategy.precision.state_dict(), copy.deepcopy(strategy.model_state(module))
+
+    def closure() -> torch.Tensor:
+        loss = strategy.step(module, "training_step")(strategy.precision.convert_input(share(strategy, 1)), 1)
+        strategy.backward(module, loss * 1e6)
+        return loss
+
+    strategy.optimizer_step(optimizer, closure)
+    after = strategy.model_state(module)
+    same = all(torch.equal(after[name], before[name]) for name in after if name != "steps")
+    halved = strategy.precision.state_dict()
+    strategy.precision.load_state_dict(kept)
+    return [kept["scale"], halved["scale"], same, strategy.precision.state_dict() == kept]
 
 
 class TwoGroups(Net):

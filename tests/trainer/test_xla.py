@@ -14,6 +14,7 @@ from tests.trainer import peer_ranks
 from trainyard.accelerators import XLAAccelerator, make_accelerator
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
+from trainyard.plugins import TorchSyncBatchNorm
 from trainyard.plugins.precision import make_precision
 from trainyard.strategies import SingleDeviceXLAStrategy, XLAStrategy, make_strategy
 from trainyard.utilities.optional import has
@@ -194,6 +195,10 @@ def test_what_does_not_go_together_is_named() -> None:
         make_strategy("xla", Place(), "cpu").connect()
     with pytest.raises(MisconfigurationException, match="'ddp' does not run on accelerator='tpu'"):
         make_strategy("ddp", Place(), XLAAccelerator())
+    several = make_strategy("xla", Place(world_size=2, local_world_size=2, launched=True), XLAAccelerator())
+    several.layer_sync = TorchSyncBatchNorm()
+    with pytest.raises(MisconfigurationException, match="sync_batchnorm"):
+        several.setup(torch.nn.Linear(1, 1), training=True)  # type: ignore[arg-type]
     with pytest.raises(MisconfigurationException, match="device: 1"):
         SingleDeviceXLAStrategy(device=1)
     strategy = make_strategy("single_xla", Place(), XLAAccelerator())

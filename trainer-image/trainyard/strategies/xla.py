@@ -164,8 +164,10 @@ class XLAStrategy(_XLA, ParallelStrategy):
             )
 
     def setup(self, module: LightningModule, *, training: bool) -> None:
-        if training:
-            self.apply_layer_sync(module)
+        if self.layer_sync is not None and self.world_size > 1:
+            raise MisconfigurationException(
+                "sync_batchnorm: not on XLA, whose devices have no SyncBatchNorm; leave it out"
+            )
         super().setup(module, training=training)
         if training and self.sync_module_states and self.world_size > 1:
             with torch.no_grad():
