@@ -9,9 +9,11 @@ if TYPE_CHECKING:
     from trainyard.plugins.environments import ClusterEnvironment
     from trainyard.plugins.layer_sync import LayerSync, TorchSyncBatchNorm
     from trainyard.plugins.precision import DoublePrecision, HalfPrecision, MixedPrecision, Precision
+    from trainyard.plugins.precision.deepspeed import DeepSpeedPrecision
 
 _WHERE = {
     "ClusterEnvironment": "trainyard.plugins.environments",
+    "DeepSpeedPrecision": "trainyard.plugins.precision.deepspeed",
     "DoublePrecision": "trainyard.plugins.precision",
     "HalfPrecision": "trainyard.plugins.precision",
     "LayerSync": "trainyard.plugins.layer_sync",
@@ -22,6 +24,7 @@ _WHERE = {
 
 __all__ = [
     "ClusterEnvironment",
+    "DeepSpeedPrecision",
     "DoublePrecision",
     "HalfPrecision",
     "LayerSync",
