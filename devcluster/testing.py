@@ -13,6 +13,8 @@ from devcluster.progress import say
 CHECKOUT = Path(__file__).resolve().parent.parent
 LEVELS = ("unit", "control_plane", "trainer", "devcluster", "cluster")
 """In order of cost: a cheap failure is seen first."""
+ENVIRONMENTS = ("peers", "deepspeed", "xla")
+"""Of the trainer level: Lightning and Accelerate, DeepSpeed, PyTorch/XLA."""
 
 
 def main(args: argparse.Namespace) -> int:
@@ -53,6 +55,7 @@ def prepare(levels: list[str], *, existing: bool) -> None:
         build.ensure(*sorted(tools))
     if "trainer" in levels:
         _torchserve()
+        _environments()
     if "cluster" in levels and not existing and os.geteuid() == 0:
         from devcluster.images.build import build as build_image
 
@@ -69,6 +72,18 @@ def _torchserve() -> None:
         say(reason)
     else:
         torchserve.ensure()
+
+
+def _environments() -> None:
+    """Those that tests run other libraries in; a test that has none makes it, and says why it cannot."""
+    from devcluster import venvs
+    from devcluster.errors import DevclusterError
+
+    for name in ENVIRONMENTS:
+        try:
+            venvs.environment(name)
+        except DevclusterError as error:
+            say(f"{name}: {error}")
 
 
 def _existing(args: argparse.Namespace) -> dict[str, str]:
