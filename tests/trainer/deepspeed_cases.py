@@ -21,6 +21,7 @@ from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.errors import MisconfigurationException
 from trainyard.loggers import CSVLogger
 from trainyard.strategies import DDPStrategy, DeepSpeedStrategy
+from trainyard.tuner import Tuner
 
 SMALL = {"reduce_bucket_size": 100_000, "allgather_bucket_size": 100_000}
 STAGES = (1, 2, 3)
@@ -142,6 +143,7 @@ def refusals() -> dict[str, str]:
     refused("lbfgs", lambda: groups_run(stage(1), Net, torch.optim.LBFGS))
     refused("double", lambda: whole_run(stage(2), steps=1, precision="64-true"))
     refused("ddp", lambda: DeepSpeedStrategy(zero_optimization=False))
+    refused("lr_find", lambda: tuned(stage(1)))
     refused("nvme", groups_run_on_disk)
     return said
 
@@ -234,6 +236,19 @@ def manual_fit(strategy: Any) -> dict[str, Any]:
     return {"weights": module.state_dict(), "steps": made.global_step}
 
 
+class Tuned(Fitted):
+    def __init__(self) -> None:
+        super().__init__()
+        self.lr = 0.01
+
+    def configure_optimizers(self) -> Any:
+        return torch.optim.AdamW(self.parameters(), self.lr)
+
+
+def tuned(strategy: Any) -> None:
+    Tuner(trainer(strategy, max_epochs=1)).lr_find(Tuned(), data(), num_training=12)
+
+
 class SaveAt(Callback):
     """In the middle of an epoch."""
 
@@ -321,7 +336,10 @@ def alone(folder: Path) -> dict[str, Any]:
     reference.load_model_state(twin, whole["model"])
     reference.load_optimizer_state(twin, its, whole["optimizer"])
     train(reference, twin, its, range(4, 5))
-    return {"loaded": found, "ddp": reference.model_state(twin), "3": strategy.model_state(module)}
+    trained = strategy.model_state(module)
+    strategy.load_optimizer_state(module, optimizer, {**whole["optimizer"], "state": {}})
+    emptied = strategy.optimizer_state(module, optimizer)["state"]
+    return {"loaded": found, "ddp": reference.model_state(twin), "3": trained, "emptied": emptied}
 
 
 def first(folder: Path) -> dict[str, Any]:

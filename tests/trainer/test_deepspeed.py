@@ -109,7 +109,8 @@ def test_manual_optimization(found: dict[str, Any], stage: str) -> None:
 @pytest.mark.parametrize(
     ("name", "says"),
     [("two", "one optimizer, there are 2"), ("manual, stage 3", "stage 1 or 2"), ("value", "by norm only"),
-     ("lbfgs", "LBFGS"), ("double", "'64-true'"), ("ddp", "zero_optimization"), ("nvme", "'nvme'")],
+     ("lbfgs", "LBFGS"),
+     ("lr_find", "lr_find cannot take back"), ("double", "'64-true'"), ("ddp", "zero_optimization"), ("nvme", "'nvme'")],
 )  # fmt: skip
 def test_what_it_cannot_do_it_says(found: dict[str, Any], name: str, says: str) -> None:
     assert says in found["refusals"][name]
@@ -182,6 +183,7 @@ def test_one_process_takes_up_what_two_have_left(python: Path, folder: Path, fou
     (run,) = peer_ranks.run(python, SCRIPT, "alone", folder, world=1)
     close(run["loaded"], torch.load(folder / "whole", weights_only=True), atol=0)
     same(run["3"], run["ddp"], 1e-6)
+    assert run["emptied"] == {}
 
 
 # ---- without the engine

@@ -55,7 +55,7 @@ class AutomaticOptimization:
         """Forward, backward, and the optimizer's step if the batch completes one."""
         self._plan, self._batch, self._index = plan, batch, index
         try:
-            if not plan.steps and not self.strategy.accumulates:
+            if not plan.steps:
                 with self.strategy.no_sync():
                     self.closure()
                 return
@@ -112,8 +112,6 @@ class AutomaticOptimization:
         self.outputs = {**output, "loss": detached} if isinstance(output, dict) else {"loss": detached}
         if not plan.padding:
             self.trainer.last_loss = detached
-        if self.strategy.accumulates:
-            return loss
         share = plan.weight
         if share == 1:
             return loss

@@ -39,8 +39,9 @@ class Strategy(StrategyFacade):
     """Whether `backward` is the module's, which is `loss.backward()` unless that is overridden."""
     failed: bool = False
     """Set by the Trainer: then nobody waits for the other ranks any more."""
-    accumulates: bool = False
-    """Whether the engine behind it divides the loss and counts the batches of an optimizer step itself (deepspeed)."""
+    has_engine: bool = False
+    """Whether an engine behind it keeps weights and optimizer states in a form of its own (deepspeed): only `model_state`
+    and `optimizer_state` show them."""
 
     def __init__(self) -> None:
         super().__init__()

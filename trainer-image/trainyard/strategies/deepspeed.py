@@ -57,6 +57,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     name = "deepspeed"
     plain_backward = False
     allows_inference_mode = False
+    has_engine = True
 
     def __init__(
         self, *, accelerator: Accelerator | None = None, zero_optimization: bool = True, stage: int = 2,

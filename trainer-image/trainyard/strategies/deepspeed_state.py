@@ -153,6 +153,7 @@ def load_whole_optimizer(zero: Any, groups: Groups, saved: dict[str, Any], rank:
         for number, parameter in zip(group["params"], groups.parameters[index], strict=True):
             if id(parameter) in groups.trained and number in saved["state"]:
                 entries.append((index, parameter, saved["state"][number]))
+    zero.optimizer.state.clear()
     _make_room(zero, groups, entries)
     for _, parameter, entry in entries:
         for key, value in entry.items():
@@ -180,9 +181,10 @@ def _make_room(
 def _link(zero: Any) -> None:
     """Have stages 1 and 2 find each parameter's part of the states. They do so by themselves after the first group's first
     step, when there are none of the other groups yet."""
-    if hasattr(zero, "_hp_optimizer_states_linked") and zero.optimizer.state:
+    if hasattr(zero, "_hp_optimizer_states_linked"):
         zero._hp_optimizer_states_linked = False
-        zero._lazy_init_hp_params_optimizer_state()
+        if zero.optimizer.state:
+            zero._lazy_init_hp_params_optimizer_state()
 
 
 def _set(parameter: nn.Parameter, key: str, value: torch.Tensor, rank: int) -> None:

@@ -40,9 +40,7 @@ class BatchSizeTrials:
                 f"the batch size of loaders that are given to {trainer.state.fn} cannot be changed: make them in a "
                 f"{self._stage}_dataloader hook, with self.{name} or self.hparams.{name}"
             )
-        if trainer.world_size > 1 and (
-            trainer.strategy.forward_is_collective or trainer.strategy.accumulates
-        ):
+        if trainer.world_size > 1 and (trainer.strategy.forward_is_collective or trainer.strategy.has_engine):
             raise MisconfigurationException(
                 f"strategy {trainer.strategy.name!r}: a rank that runs out of memory would leave the others waiting in "
                 "its forward; find the batch size with one process, or with 'ddp'"

@@ -177,7 +177,7 @@ def sweep(trainer: Trainer, finder: LRFinder, early_stop_threshold: float | None
         raise MisconfigurationException(
             "lr_find works with one optimizer and automatic optimization; set the learning rates of several yourself"
         )
-    if trainer.strategy.accumulates:
+    if trainer.strategy.has_engine:
         raise MisconfigurationException(
             f"lr_find cannot take back what the engine of strategy {trainer.strategy.name!r} has trained; find the learning "
             "rate with another strategy first"
