@@ -184,7 +184,7 @@ class EMAWeightAveraging(WeightAveraging):
 
 def refuse_sharded(callback: Callback, trainer: Trainer) -> None:
     """Raises MisconfigurationException."""
-    if trainer.strategy.forward_is_collective:
+    if trainer.strategy.forward_is_collective or trainer.strategy.has_engine:
         raise MisconfigurationException(
             f"{type(callback).__name__}: the strategy {trainer.strategy.name!r} spreads parameters over processes, and of "
             "such no average can be made here; use ddp"
