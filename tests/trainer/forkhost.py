@@ -1,7 +1,7 @@
 """Ranks as forks of one process that has torch imported: 50 ms each instead of seconds.
 
 Run as a program it is the host: jobs come in as JSON lines, {"id", "argv", "env", "log"}; out go {"id", "pid"} and
-{"id", "code"} (negative: the signal). `Host` is the test's side.
+{"id", "code"} (negative: the signal); {"quit"} ends it. `Host` is the test's side.
 """
 
 from __future__ import annotations
@@ -109,6 +109,8 @@ class Host:
         for rank in self.ranks:
             if rank.code is None:
                 rank.kill()
+        # Said, not only shown by closing the pipe: a process that a test forked may hold its other end, too.
+        self._process.stdin.write(b'{"quit": true}\n')
         self._process.stdin.close()
         self._process.wait(20)
         assert self._process.stdout is not None
@@ -163,6 +165,9 @@ def _main() -> None:
         while b"\n" in buffer:
             line, _, buffer = buffer.partition(b"\n")
             job = json.loads(line)
+            if "quit" in job:
+                open_ = False
+                break
             pid = os.fork()
             if pid == 0:
                 _child(runpy, job)

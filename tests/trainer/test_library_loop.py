@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +14,7 @@ import torch
 from torch.utils.data import DataLoader, Dataset, IterableDataset
 
 import trainyard as L
-from tests.trainer.forkhost import Host
+from tests.trainer.forkhost import PYTHONPATH, ROOT, Host
 from tests.trainer.models import Regression, loader, numbers, trainer
 from trainyard.data.sampler import permutation
 from trainyard.errors import MisconfigurationException
@@ -252,20 +256,47 @@ def test_random_transforms_in_workers_do_not_depend_on_the_number_of_workers() -
     )
 
 
-def test_loader_workers_ignore_signals_to_the_group() -> None:
-    import signal
-
-    class Handlers(Dataset[torch.Tensor]):
+def test_loader_workers_outlive_signals_to_the_group() -> None:
+    class Signalled(Dataset[torch.Tensor]):
         def __len__(self) -> int:
             return 4
 
         def __getitem__(self, index: int) -> torch.Tensor:
-            return torch.tensor(
-                [signal.getsignal(s) == signal.SIG_IGN for s in (signal.SIGTERM, signal.SIGINT)]
-            )
+            for number in (signal.SIGTERM, signal.SIGINT):
+                os.kill(os.getpid(), number)
+            return torch.tensor([index])
 
-    (batch,) = collect(DataLoader(Handlers(), 4, num_workers=1))
-    assert batch.all()
+    (batch,) = collect(DataLoader(Signalled(), 4, num_workers=1))
+    assert batch.flatten().tolist() == [0, 1, 2, 3]
+
+
+LEFT_BEHIND = """
+import sys
+sys.path.insert(0, sys.argv[1])
+from tests.trainer.models import Regression, loader
+from trainyard.data.loader import SampledFeed
+from trainyard.data.make import make_feed
+feed = make_feed(loader(16, 4, num_workers=1, persistent_workers=True), rank=0, world=1, seed=1)
+kept = feed.iterate(0, 0)
+next(kept)
+sys.modules["kept"] = (feed, kept)
+"""
+
+
+def test_a_script_ends_though_its_loader_workers_were_left_behind(tmp_path: Path) -> None:
+    """At its end Python sends its children SIGTERM and waits for them."""
+    script = tmp_path / "script.py"
+    script.write_text(LEFT_BEHIND)
+    env = {**os.environ, "PYTHONPATH": f"{PYTHONPATH}:{ROOT}", "TRAINYARD_GRACE_SECONDS": "1"}
+    done = subprocess.run(
+        [sys.executable, str(script), str(ROOT)],
+        env=env,
+        timeout=90,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
 
 
 def test_drop_last_and_limits() -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from trainyard.failure.ending import grace_seconds
 from trainyard.reproducibility import SEED_ENV, WORKERS_ENV, derived_seed, reseed_cpu
 
 if TYPE_CHECKING:
@@ -45,6 +46,12 @@ class SeededDataset:
         return self.dataset[keyed.items]
 
 
+def _end_later(*_: object) -> None:
+    """On SIGTERM, which is also what Python sends its children at its own end, and then waits for them."""
+    if not signal.getitimer(signal.ITIMER_REAL)[0]:
+        signal.setitimer(signal.ITIMER_REAL, grace_seconds())
+
+
 @dataclass(frozen=True, slots=True)
 class WorkerInit:
     """First thing in each DataLoader worker. The user's function sees the user's dataset."""
@@ -56,8 +63,9 @@ class WorkerInit:
         from torch.utils.data import get_worker_info
 
         # The process that owns the workers decides about their end. A signal to the whole group must not take the
-        # batches away that are needed for the last steps before a save.
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
+        # batches away that are needed for the last steps before a save; but a worker that was left behind must end.
+        signal.signal(signal.SIGTERM, _end_later)
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.SIG_IGN)
         if os.environ.get(WORKERS_ENV) == "1":
             reseed_cpu(derived_seed("worker", os.environ.get(SEED_ENV, "0"), self.rank, worker))
