@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainyard.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainyard.callbacks.base import Callback
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from trainyard.callbacks.timer import Timer
     from trainyard.callbacks.weight_averaging import EMAWeightAveraging, WeightAveraging
 
-_MODULES = {
+_WHERE = {
     "Callback": "base",
     "BatchSizeFinder": "batch_size_finder",
     "Checkpoint": "checkpoint",
@@ -87,12 +88,4 @@ __all__ = [
     "WriteInterval",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _MODULES:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_MODULES[name]}"), name))
-
-
-def __dir__() -> list[str]:
-    return sorted([*globals(), *__all__])
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainyard.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainyard.core.datamodule import LightningDataModule
@@ -19,8 +20,4 @@ _WHERE = {
 
 __all__ = ["DataHooks", "LightningDataModule", "LightningModule", "ModelHooks"]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainyard.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainyard.export.dispatch import FORMATS, export, export_checkpoint, format_of
@@ -42,8 +43,4 @@ __all__ = [
     "to_torchscript",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(f"{__name__}.{_WHERE[name]}"), name))
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

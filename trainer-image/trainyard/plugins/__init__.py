@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from trainyard.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainyard.plugins.environments import ClusterEnvironment
@@ -12,14 +13,14 @@ if TYPE_CHECKING:
     from trainyard.plugins.precision.deepspeed import DeepSpeedPrecision
 
 _WHERE = {
-    "ClusterEnvironment": "trainyard.plugins.environments",
-    "DeepSpeedPrecision": "trainyard.plugins.precision.deepspeed",
-    "DoublePrecision": "trainyard.plugins.precision",
-    "HalfPrecision": "trainyard.plugins.precision",
-    "LayerSync": "trainyard.plugins.layer_sync",
-    "MixedPrecision": "trainyard.plugins.precision",
-    "Precision": "trainyard.plugins.precision",
-    "TorchSyncBatchNorm": "trainyard.plugins.layer_sync",
+    "ClusterEnvironment": "environments",
+    "DeepSpeedPrecision": "precision.deepspeed",
+    "DoublePrecision": "precision",
+    "HalfPrecision": "precision",
+    "LayerSync": "layer_sync",
+    "MixedPrecision": "precision",
+    "Precision": "precision",
+    "TorchSyncBatchNorm": "layer_sync",
 }
 
 __all__ = [
@@ -33,8 +34,4 @@ __all__ = [
     "TorchSyncBatchNorm",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(_WHERE[name]), name))
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)

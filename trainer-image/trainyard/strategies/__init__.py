@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 from trainyard.errors import MisconfigurationException
+from trainyard.lazy import lazy_names
 
 if TYPE_CHECKING:
     from trainyard.accelerators import Accelerator, Devices
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from trainyard.strategies.xla import SingleDeviceXLAStrategy, XLAStrategy
 
 _WHERE = {
-    "DDPStrategy": "trainyard.strategies.ddp",
-    "DeepSpeedStrategy": "trainyard.strategies.deepspeed",
-    "FSDPStrategy": "trainyard.strategies.fsdp",
-    "ModelParallelStrategy": "trainyard.strategies.model_parallel",
-    "ParallelStrategy": "trainyard.strategies.parallel",
-    "SingleDeviceStrategy": "trainyard.strategies.single",
-    "SingleDeviceXLAStrategy": "trainyard.strategies.xla",
-    "Strategy": "trainyard.strategies.base",
-    "XLAStrategy": "trainyard.strategies.xla",
+    "DDPStrategy": "ddp",
+    "DeepSpeedStrategy": "deepspeed",
+    "FSDPStrategy": "fsdp",
+    "ModelParallelStrategy": "model_parallel",
+    "ParallelStrategy": "parallel",
+    "SingleDeviceStrategy": "single",
+    "SingleDeviceXLAStrategy": "xla",
+    "Strategy": "base",
+    "XLAStrategy": "xla",
 }
 
 __all__ = [
@@ -47,11 +47,7 @@ __all__ = [
     "make_strategy",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    if name not in _WHERE:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    return globals().setdefault(name, getattr(import_module(_WHERE[name]), name))
+__getattr__, __dir__ = lazy_names(__name__, _WHERE)
 
 
 def make_strategy(
