@@ -11,23 +11,27 @@ def to_device(batch: Any, device: Any) -> Any:
     """A copy of `batch` with its tensors on `device`; what has a `to` of its own is asked to move itself."""
     import torch
 
-    if isinstance(batch, torch.Tensor):
-        return batch if batch.device == device else batch.to(device, non_blocking=True)
+    def move(leaf: Any) -> Any:
+        if isinstance(leaf, torch.Tensor):
+            return leaf if leaf.device == device else leaf.to(device, non_blocking=True)
+        return leaf.to(device) if callable(getattr(leaf, "to", None)) else leaf
+
+    return map_leaves(batch, move)
+
+
+def map_leaves(batch: Any, function: Callable[[Any], Any]) -> Any:
+    """A copy of `batch` with `function(leaf)` for all that is no dict, list, tuple or dataclass."""
     if isinstance(batch, dict):
-        moved = {k: to_device(v, device) for k, v in batch.items()}
-        return moved if type(batch) is dict else type(batch)(moved)
+        made = {k: map_leaves(v, function) for k, v in batch.items()}
+        return made if type(batch) is dict else type(batch)(made)
     if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(to_device(v, device) for v in batch))
+        return type(batch)(*(map_leaves(v, function) for v in batch))
     if isinstance(batch, list | tuple):
-        return type(batch)(to_device(v, device) for v in batch)
+        return type(batch)(map_leaves(v, function) for v in batch)
     if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        return dataclasses.replace(
-            batch,
-            **{
-                f.name: to_device(getattr(batch, f.name), device) for f in dataclasses.fields(batch) if f.init
-            },
-        )
-    return batch.to(device) if callable(getattr(batch, "to", None)) else batch
+        names = [f.name for f in dataclasses.fields(batch) if f.init]
+        return dataclasses.replace(batch, **{n: map_leaves(getattr(batch, n), function) for n in names})
+    return function(batch)
 
 
 def size_of(batch: Any) -> int:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 from collections.abc import Iterator
 from typing import Any
 
 import torch
+
+from trainyard.data.batches import map_leaves
 
 
 @contextlib.contextmanager
@@ -23,21 +24,13 @@ def default_dtype(dtype: torch.dtype) -> Iterator[None]:
 
 def cast_floats(batch: Any, dtype: torch.dtype) -> Any:
     """`batch` with its floating point tensors in `dtype` (complex ones in complex128 for float64); other things as they are."""
-    if isinstance(batch, torch.Tensor):
-        if batch.is_floating_point():
-            return batch.to(dtype)
-        wide = dtype == torch.float64 and batch.is_complex()
-        return batch.to(torch.complex128) if wide else batch
-    if isinstance(batch, dict):
-        cast = {key: cast_floats(value, dtype) for key, value in batch.items()}
-        return cast if type(batch) is dict else type(batch)(cast)
-    if isinstance(batch, tuple) and hasattr(batch, "_fields"):
-        return type(batch)(*(cast_floats(value, dtype) for value in batch))
-    if isinstance(batch, list | tuple):
-        return type(batch)(cast_floats(value, dtype) for value in batch)
-    if dataclasses.is_dataclass(batch) and not isinstance(batch, type):
-        fields = [field.name for field in dataclasses.fields(batch) if field.init]
-        return dataclasses.replace(
-            batch, **{name: cast_floats(getattr(batch, name), dtype) for name in fields}
-        )
-    return batch
+
+    def cast(leaf: Any) -> Any:
+        if not isinstance(leaf, torch.Tensor):
+            return leaf
+        if leaf.is_floating_point():
+            return leaf.to(dtype)
+        wide = dtype == torch.float64 and leaf.is_complex()
+        return leaf.to(torch.complex128) if wide else leaf
+
+    return map_leaves(batch, cast)
