@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 
 from trainyard.data.loader import Feed
 from trainyard.data.transfer import Transfer
 from trainyard.failure.stop import LAST
-from trainyard.optimization.automatic import positional
+from trainyard.loops.steps import make_step, positional
 from trainyard.reproducibility import rng_state, set_rng_state
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
+    from trainyard.strategies.base import Step
     from trainyard.trainer.trainer import Trainer
 
 
@@ -117,26 +118,10 @@ class EvaluationLoop:
             self.trainer.metrics.flush_step(step=self._steps - 1, epoch=self.trainer.loop_state.epoch)
 
 
-def eval_step(trainer: Trainer, name: str, *, several: bool) -> Any:
-    """`step(batch, index, number of the loader)` in its precision, with `self.log` allowed."""
-    module, strategy, metrics = trainer.lightning_module, trainer.strategy, trainer.metrics
-    run = strategy.step(module, name)
-    run = trainer.hooks.profiled(f"[Strategy]{type(strategy).__name__}.{name}", run)
-    takes = positional(getattr(module, name))
-    count = min(takes, 3 if several else 2)
-    precision = strategy.precision
-
-    def step(*args: Any) -> Any:
-        before, metrics.hook = metrics.hook, name
-        try:
-            if precision.has_context:
-                with precision.forward_context(strategy.device):
-                    return run(*args[:count])
-            return run(*args[:count])
-        finally:
-            metrics.hook = before
-
-    return step
+def eval_step(trainer: Trainer, name: str, *, several: bool) -> Step:
+    """`step(batch, index, number of the loader)`; the number is for modules that take it, where there are several."""
+    takes = positional(getattr(trainer.lightning_module, name))
+    return make_step(trainer, trainer.hooks, name, min(takes, 3 if several else 2))
 
 
 @contextlib.contextmanager

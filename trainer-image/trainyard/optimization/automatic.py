@@ -9,8 +9,9 @@ import torch
 
 from trainyard.core.module import LightningModule
 from trainyard.errors import MisconfigurationException
+from trainyard.loops.steps import make_step, positional
 from trainyard.plugins.precision.base import Precision
-from trainyard.strategies.base import Strategy
+from trainyard.strategies.base import Step, Strategy
 
 if TYPE_CHECKING:
     from trainyard.data.sampler import Batch
@@ -138,47 +139,15 @@ class AutomaticOptimization:
         metrics.hook = before
 
 
-def training_step(trainer: Trainer, call: HookCaller) -> Any:
-    """`training_step(batch, index)` in its precision, with `self.log` allowed."""
-    module, strategy = trainer.lightning_module, trainer.strategy
-    metrics, precision = trainer.metrics, strategy.precision
-    run = strategy.step(module, "training_step")
-    run = call.profiled(f"[Strategy]{type(strategy).__name__}.training_step", run)
-    takes_index = positional(module.training_step) >= 2
-
-    def step(batch: Any, index: int) -> Any:
-        before, metrics.hook = metrics.hook, "training_step"
-        args = (batch, index) if takes_index else (batch,)
-        try:
-            if precision.has_context:
-                with precision.forward_context(strategy.device):
-                    return run(*args)
-            return run(*args)
-        finally:
-            metrics.hook = before
-
-    return step
+def training_step(trainer: Trainer, call: HookCaller) -> Step:
+    """`training_step(batch, index)`."""
+    takes_index = positional(trainer.lightning_module.training_step) >= 2
+    return make_step(trainer, call, "training_step", 2 if takes_index else 1)
 
 
 def overrides(module: LightningModule, name: str) -> bool:
     """Whether `module` has a method of its own for what LightningModule has one."""
     return getattr(getattr(module, name), "__func__", None) is not getattr(LightningModule, name)
-
-
-def positional(function: Any) -> int:
-    """How many positional arguments it takes; many if it takes any. Raises MisconfigurationException for Lightning's other
-    flavour of steps, which fetch their batches themselves."""
-    parameters = inspect.signature(function).parameters
-    if "dataloader_iter" in parameters:
-        raise MisconfigurationException(
-            f"{function.__name__}(dataloader_iter) is not supported: take (batch, batch_idx), or give fit a loader of your own"
-        )
-    kinds = [p.kind for p in parameters.values()]
-    if inspect.Parameter.VAR_POSITIONAL in kinds:
-        return 99
-    return sum(
-        k in (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD) for k in kinds
-    )
 
 
 def _is_plain(trainer: Trainer) -> bool:
