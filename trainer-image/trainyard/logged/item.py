@@ -10,6 +10,7 @@ import torch
 
 from trainyard.errors import MisconfigurationException
 from trainyard.logged.options import Options
+from trainyard.logged.torchmetrics import is_metric
 
 _CHUNK = 256
 """Values that are kept before they are added up in one go: an addition a step would cost more than all else here."""
@@ -154,7 +155,7 @@ def _scalar(name: str, value: torch.Tensor) -> torch.Tensor:
 def _number(name: str, value: Any) -> float:
     if type(value).__module__ == "numpy" and getattr(value, "size", 0) == 1:
         return float(value.item())
-    if all(callable(getattr(value, method, None)) for method in ("update", "compute", "reset")):
+    if is_metric(value):
         raise MisconfigurationException(
             f"self.log({name!r}): this {type(value).__name__} is another one than at the first call with this key"
         )
