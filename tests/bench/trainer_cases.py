@@ -37,10 +37,10 @@ def network() -> Any:
 # ---- loops; each returns seconds of its steps, without what comes before and after them
 
 
-def raw(steps: int) -> float:
+def raw(steps: int, wrap: Callable[[Any], Any] | None = None) -> float:
     import torch
 
-    model = network()
+    model = wrap(network()) if wrap else network()
     optimizer = torch.optim.SGD(model.parameters(), 0.01)
     loader = data(steps)
     begin = time.perf_counter()
@@ -249,16 +249,7 @@ def ranks(settings: dict[str, Any]) -> dict[str, list[float]]:
     def ddp(count: int) -> float:
         if not dist.is_initialized():
             dist.init_process_group("gloo")
-        model = torch.nn.parallel.DistributedDataParallel(network())
-        optimizer = torch.optim.SGD(model.parameters(), 0.01)
-        loader = data(count)
-        begin = time.perf_counter()
-        for (batch,) in loader:
-            loss = model(batch).sum()
-            optimizer.zero_grad()
-            loss.backward()
-            optimizer.step()
-        return time.perf_counter() - begin
+        return raw(count, torch.nn.parallel.DistributedDataParallel)
 
     def fit(library: Any, logs: int, **options: Any) -> Callable[[int], float]:
         def run(count: int) -> float:
