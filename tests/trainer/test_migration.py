@@ -176,15 +176,6 @@ def test_steps_that_fetch_their_batches_are_refused_by_name() -> None:
         quiet_trainer().fit(Fetches())
 
 
-def test_no_optimizer_is_refused_by_name() -> None:
-    class Still(BoringModel):
-        def configure_optimizers(self) -> Any:
-            return None
-
-    with pytest.raises(MisconfigurationException, match="automatic_optimization = False"):
-        quiet_trainer().fit(Still())
-
-
 def test_places_that_only_lightning_knows_are_refused_by_name() -> None:
     with pytest.raises(MisconfigurationException, match="a TrainingRun resumes by itself"):
         quiet_trainer().fit(BoringModel(), ckpt_path="hpc")
