@@ -2,9 +2,9 @@
 
 Under `<uri>/<run-uid>/` (S3 prefix or directory):
 
-    data/step-000000000120/a000003/shard-00001-of-00004.pt    one per rank, written by that rank's pod
-    data/step-000000000120/a000003/shard-00001-of-00004.json  its size and SHA-256, written after it
-    commits/00000017.json                                      record 17 of the log
+    data/step-000000000120/a000003/shard-00001-of-00004.safetensors  one per rank, written by that rank's pod
+    data/step-000000000120/a000003/shard-00001-of-00004.json         its size and checksums, written after it
+    commits/00000017.json                                            record 17 of the log
 
 Records are numbered without gaps from 1 and created by a conditional PUT (`If-None-Match: *`; O_EXCL in a
 directory). Two kinds: a *fence* opens an attempt, a *commit* makes a step durable. A writer appends record
@@ -23,8 +23,8 @@ from typing import Any
 
 from trainyard_api.serde import decode, encode
 
-MANIFEST_VERSION = 1
-SAFE_KEY = re.compile(r"data/step-\d{12}/a\d{6}/shard-\d{5}-of-\d{5}\.pt")
+MANIFEST_VERSION = 2
+SAFE_KEY = re.compile(r"data/step-\d{12}/a\d{6}/shard-\d{5}-of-\d{5}\.safetensors")
 """What a manifest may name. Anything else (.., absolute, other run) makes the manifest invalid."""
 
 
@@ -37,11 +37,11 @@ def step_prefix(step: int, attempt: int) -> str:
 
 
 def shard_key(step: int, attempt: int, rank: int, world: int) -> str:
-    return f"{step_prefix(step, attempt)}shard-{rank:05d}-of-{world:05d}.pt"
+    return f"{step_prefix(step, attempt)}shard-{rank:05d}-of-{world:05d}.safetensors"
 
 
 def descriptor_key(step: int, attempt: int, rank: int, world: int) -> str:
-    return shard_key(step, attempt, rank, world).removesuffix(".pt") + ".json"
+    return shard_key(step, attempt, rank, world).removesuffix(".safetensors") + ".json"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -54,7 +54,9 @@ class Shard:
     size: int
     """Bytes."""
     sha256: str
-    """Lower-case hex of the file's content."""
+    """Lower-case hex: SHA-256 over the digests of its parts (`trainyard.checkpoint.format.digest`)."""
+    part_size: int = 0
+    """Bytes of each part but the last."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,6 +92,12 @@ class Record:
     """seq of the commit that the attempt was resumed from, 0 if from nothing."""
     versions: dict[str, str] = field(default_factory=dict)
     """torch, trainyard."""
+    reason: str = ""
+    """commit: why it was made: steps, time, auto, epoch, stop, exception, end."""
+    metrics: dict[str, float] = field(default_factory=dict)
+    """commit: what was logged last, finite numbers only: retention chooses the best by them."""
+    stall_seconds: float = 0.0
+    """commit: how long rank 0's training stood still for it."""
     version: int = MANIFEST_VERSION
 
     def to_json(self) -> dict[str, Any]:

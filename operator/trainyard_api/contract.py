@@ -79,7 +79,23 @@ class Env(StrEnum):
     CHECKPOINT_REGION = "TRAINYARD_CHECKPOINT_REGION"  # W
     CHECKPOINT_EVERY_STEPS = "TRAINYARD_CHECKPOINT_EVERY_STEPS"  # W
     CHECKPOINT_EVERY_SECONDS = "TRAINYARD_CHECKPOINT_EVERY_SECONDS"  # W
+    CHECKPOINT_AUTO = "TRAINYARD_CHECKPOINT_AUTO"  # W
+    """"1": the interval is chosen from the measured cost of a save and rate of failures."""
+    CHECKPOINT_ON_EXCEPTION = "TRAINYARD_CHECKPOINT_ON_EXCEPTION"  # W
+    """"1": save when the program raises, where the state is sound."""
     CHECKPOINT_KEEP = "TRAINYARD_CHECKPOINT_KEEP"  # W
+    CHECKPOINT_KEEP_BEST = "TRAINYARD_CHECKPOINT_KEEP_BEST"  # W
+    """`metric:min|max:count`."""
+    CHECKPOINT_RESUME = "TRAINYARD_CHECKPOINT_RESUME"  # W
+    """never, auto, required, or a step."""
+    CHECKPOINT_LOCAL = "TRAINYARD_CHECKPOINT_LOCAL"  # W
+    """"1": the newest checkpoint stays on the nodes too; a restart takes what it finds there."""
+    CHECKPOINT_COPIES = "TRAINYARD_CHECKPOINT_COPIES"  # W
+    """On how many other nodes a copy of each node's shards is kept; 0 for none."""
+    DETERMINISM = "TRAINYARD_DETERMINISM"  # W
+    """"elastic": the same weights, bit for bit, at any number of processes."""
+    VIRTUAL_RANKS = "TRAINYARD_VIRTUAL_RANKS"  # W
+    """Of determinism elastic: in how many parts a step is always computed."""
 
 
 RESERVED_ENV_PREFIXES = ("TRAINYARD_", "TORCHELASTIC_", "PET_")

@@ -14,6 +14,33 @@ from trainyard_api.contract import Env
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class KeepBest:
+    """Retention by a logged metric, beside the newest ones. Raises ValueError."""
+
+    metric: str
+    """A name that the module logs; a commit at which it was not logged yet never counts as one of the best."""
+    mode: str = "min"
+    count: int = 1
+
+    def __post_init__(self) -> None:
+        if not self.metric or ":" in self.metric:
+            raise ValueError(f"keep_best.metric: {self.metric!r} is no name of a metric (without ':')")
+        if self.mode not in ("min", "max"):
+            raise ValueError(f"keep_best.mode: {self.mode!r} is neither 'min' nor 'max'")
+        if self.count < 1:
+            raise ValueError(f"keep_best.count: {self.count} is less than 1")
+
+    @classmethod
+    def parse(cls, text: str) -> KeepBest:
+        """`metric:min|max:count`."""
+        try:
+            metric, mode, count = text.split(":")
+            return cls(metric=metric, mode=mode, count=int(count))
+        except ValueError as error:
+            raise ValueError(f"{Env.CHECKPOINT_KEEP_BEST}: {text!r} is not metric:min|max:count ({error})") from None
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointConfig:
     """Raises ValueError that names the field.
 
@@ -26,8 +53,20 @@ class CheckpointConfig:
     every_n_steps: int | None = None
     """Optimizer steps."""
     every_n_seconds: float | None = None
+    auto: bool = False
+    """Choose the interval from what a save costs and how often the run fails; not together with the two above."""
+    on_exception: bool = False
+    """Save when the program raises, where the state is sound."""
     keep: int = 3
     """Newest commits to keep; at least 2."""
+    keep_best: KeepBest | None = None
+    resume: str = "auto"
+    """"auto": the newest that is whole, the beginning if there never was one. "required": the same, but never the
+    beginning. "never": the beginning, even though there are checkpoints (they stay until newer ones replace them). Digits: that step."""
+    local: bool = False
+    """Keep the newest checkpoint on the nodes too, for a fast restart. In a TrainingRun: on unless it says no."""
+    copies: int = 0
+    """On how many other nodes to keep a copy of each node's shards."""
     endpoint: str | None = None
     """URL of an S3 server other than AWS; None leaves it to AWS_ENDPOINT_URL."""
     region: str | None = None
@@ -45,6 +84,12 @@ class CheckpointConfig:
             raise ValueError(f"checkpoint.every_n_steps: {self.every_n_steps} is less than 1")
         if self.every_n_seconds is not None and self.every_n_seconds <= 0:
             raise ValueError(f"checkpoint.every_n_seconds: {self.every_n_seconds} is not positive")
+        if self.auto and (self.every_n_steps is not None or self.every_n_seconds is not None):
+            raise ValueError("checkpoint.auto: chooses the interval; leave out every_n_steps and every_n_seconds")
+        if self.resume not in ("auto", "never", "required") and not self.resume.isdecimal():
+            raise ValueError(f"checkpoint.resume: {self.resume!r} is none of never, auto, required, or a step")
+        if self.copies < 0:
+            raise ValueError(f"checkpoint.copies: {self.copies} is negative")
         if self.keep < 2:
             raise ValueError(
                 f"checkpoint.keep: {self.keep} is less than 2: a damaged newest one would be the only one"
@@ -68,7 +113,13 @@ class CheckpointConfig:
             uri=uri,
             every_n_steps=_number(env, Env.CHECKPOINT_EVERY_STEPS, int),
             every_n_seconds=_number(env, Env.CHECKPOINT_EVERY_SECONDS, float),
+            auto=env.get(Env.CHECKPOINT_AUTO) == "1",
+            on_exception=env.get(Env.CHECKPOINT_ON_EXCEPTION) == "1",
             keep=max(2, _number(env, Env.CHECKPOINT_KEEP, int) or 3),
+            keep_best=KeepBest.parse(best) if (best := env.get(Env.CHECKPOINT_KEEP_BEST)) else None,
+            resume=env.get(Env.CHECKPOINT_RESUME) or "auto",
+            local=env.get(Env.CHECKPOINT_LOCAL) == "1",
+            copies=_number(env, Env.CHECKPOINT_COPIES, int) or 0,
             endpoint=env.get(Env.CHECKPOINT_ENDPOINT) or None,
             region=env.get(Env.CHECKPOINT_REGION) or None,
             run=env.get(Env.RUN_UID) or None,

@@ -1,0 +1,196 @@
+"""A state of nested dicts, lists and tensors as a JSON skeleton and named tensors, and back. Nothing is ever pickled.
+
+In the skeleton JSON's own kinds stand for themselves; all else is an object with one key that begins with "$":
+`{"$tensor": name}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}` (keys that are not plain strings), ...
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import math
+from collections import Counter, OrderedDict
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from trainyard.checkpoint.errors import CheckpointConfigError, ShardInvalid
+from trainyard.checkpoint.format.dtypes import to_name
+
+if TYPE_CHECKING:
+    import torch
+
+_DEEPEST = 200
+"""Levels: a skeleton that is deeper did not come from `flatten`."""
+
+
+def flatten(value: Any, path: str = "checkpoint") -> tuple[Any, dict[str, torch.Tensor]]:
+    """(skeleton, {name: tensor}): names are dotted paths that begin with `path`; values are the tensors themselves, not
+    copied, detached. A tensor that is there twice (tied weights) has one name.
+
+    The same structure gives the same names, on any rank. Raises CheckpointConfigError that names what cannot be saved.
+    """
+    return (flattener := _Flattener()).node(value, path, 0), flattener.tensors
+
+
+class _Flattener:
+    def __init__(self) -> None:
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names: dict[Any, str] = {}
+
+    def node(self, value: Any, path: str, depth: int) -> Any:
+        import torch
+
+        if depth > _DEEPEST:
+            raise CheckpointConfigError(f"{path[:200]}: nested more than {_DEEPEST} levels deep")
+        kind = type(value)
+        if value is None or kind in (bool, int, str):
+            return value
+        if kind is float:
+            return value if math.isfinite(value) else {"$float": repr(value)}
+        if isinstance(value, torch.Tensor):
+            return self._tensor(value.detach(), path)
+        if isinstance(value, OrderedDict | Counter) or kind is dict:
+            return self._dict(value, path, depth)
+        if kind is list:
+            return [self.node(v, f"{path}.{i}", depth + 1) for i, v in enumerate(value)]
+        if kind is torch.Size:
+            return {"$size": list(value)}
+        if kind in (tuple, set):
+            return {f"${kind.__name__}": [self.node(v, f"{path}.{i}", depth + 1) for i, v in enumerate(value)]}
+        if kind is bytes:
+            return {"$bytes": base64.b64encode(value).decode()}
+        if kind is complex:
+            return {"$complex": [repr(value.real), repr(value.imag)]}
+        if kind in (torch.dtype, torch.device):
+            return {f"${kind.__name__}": str(value).removeprefix("torch.")}
+        if kind.__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
+            return self.node(value.item(), path, depth)
+        raise CheckpointConfigError(
+            f"{path}: a {kind.__module__}.{kind.__qualname__} cannot be in a checkpoint, which holds tensors "
+            "and primitives only; save a tensor, a number, a string, or a list or dict of those"
+        )
+
+    def _dict(self, value: Any, path: str, depth: int) -> Any:
+        plain = all(type(k) is str and not k.startswith("$") for k in value)
+        if type(value) is dict and plain:
+            return {k: self.node(v, f"{path}.{k}", depth + 1) for k, v in value.items()}
+        pairs = [
+            [self.node(k, f"{path} (key)", depth + 1), self.node(v, f"{path}.{k}", depth + 1)]
+            for k, v in value.items()
+        ]
+        kind = {OrderedDict: "$odict", Counter: "$counter"}.get(type(value), "$dict")
+        return {kind: pairs}
+
+    def _tensor(self, value: torch.Tensor, path: str) -> Any:
+        import torch
+        from torch.distributed.tensor import DTensor
+
+        if isinstance(value, DTensor):
+            return {"$tensor": self._name(value, path, (id(value.to_local().untyped_storage()), value.shape))}
+        if value.layout is torch.sparse_coo:
+            value = value.coalesce()
+            parts = [
+                self._tensor(value.indices(), f"{path}.indices"),
+                self._tensor(value.values(), f"{path}.values"),
+            ]
+            return {"$sparse": [*parts, list(value.shape)]}
+        if value.layout is not torch.strided or value.is_quantized or value.is_meta:
+            what = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
+            raise CheckpointConfigError(f"{path}: a {what} tensor cannot be in a checkpoint")
+        if value.dtype is torch.complex128:
+            return {"$complex128": self._tensor(torch.view_as_real(value.resolve_conj()), path)}
+        if to_name(value.dtype) is None:
+            raise CheckpointConfigError(f"{path}: a tensor of {value.dtype} cannot be in a checkpoint")
+        same = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride()) if value.numel() else None
+        return {"$tensor": self._name(value, path, same)}
+
+    def _name(self, value: torch.Tensor, path: str, same: Any) -> str:
+        if same is not None and same in self._names:
+            return self._names[same]
+        name, number = path, 1
+        while name in self.tensors:
+            number += 1
+            name = f"{path}#{number}"
+        self.tensors[name] = value
+        if same is not None:
+            self._names[same] = name
+        return name
+
+
+def names(skeleton: Any) -> list[str]:
+    """The tensors that it needs, each once. Raises ShardInvalid."""
+    found: dict[str, None] = {}
+    unflatten(skeleton, lambda name: found.setdefault(name))
+    return list(found)
+
+
+def unflatten(skeleton: Any, tensor: Callable[[str], Any]) -> Any:
+    """The state; `tensor` is asked for each tensor, again for one that is there twice. Where it answers None (they are
+    only counted), None stands. Raises ShardInvalid for what `flatten` never makes; runs nothing of it."""
+    return _build(skeleton, tensor, 0)
+
+
+def _build(node: Any, tensor: Callable[[str], Any], depth: int) -> Any:
+    if depth > _DEEPEST:
+        raise ShardInvalid("skeleton: too deep")
+    if node is None or isinstance(node, bool | int | str | float):
+        return node
+    if isinstance(node, list):
+        return [_build(v, tensor, depth + 1) for v in node]
+    if len(node) == 1 and (kind := next(iter(node))).startswith("$"):
+        try:
+            return _special(kind, node[kind], tensor, depth + 1)
+        except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, binascii.Error) as error:
+            raise ShardInvalid(f"skeleton: a bad {kind[:20]}: {type(error).__name__}") from error
+    if any(key.startswith("$") for key in node):
+        raise ShardInvalid("skeleton: an object with keys that begin with $")
+    return {key: _build(v, tensor, depth + 1) for key, v in node.items()}
+
+
+def _special(kind: str, given: Any, tensor: Callable[[str], Any], depth: int) -> Any:
+    import torch
+
+    match kind:
+        case "$tensor":
+            if not isinstance(given, str):
+                raise ValueError("a name is a string")
+            return tensor(given)
+        case "$float" if given in ("nan", "inf", "-inf"):
+            return float(given)
+        case "$tuple":
+            return tuple(_build(v, tensor, depth) for v in given)
+        case "$set":
+            return {_build(v, tensor, depth) for v in given}
+        case "$dict" | "$odict" | "$counter":
+            pairs = [(_build(k, tensor, depth), _build(v, tensor, depth)) for k, v in given]
+            return {"$dict": dict, "$odict": OrderedDict, "$counter": lambda p: Counter(dict(p))}[kind](pairs)
+        case "$bytes":
+            return base64.b64decode(given, validate=True)
+        case "$complex":
+            real, imaginary = given
+            return complex(float(real), float(imaginary))
+        case "$size":
+            return torch.Size(given)
+        case "$dtype":
+            return _dtype(given)
+        case "$device":
+            return torch.device(given)
+        case "$sparse":
+            indices, values, shape = given
+            parts = _build(indices, tensor, depth), _build(values, tensor, depth)
+            if parts[0] is None or parts[1] is None:
+                return None
+            return torch.sparse_coo_tensor(*parts, size=shape, check_invariants=True).coalesce()
+        case "$complex128":
+            real_pairs = _build(given, tensor, depth)
+            return None if real_pairs is None else torch.view_as_complex(real_pairs)
+    raise ShardInvalid(f"skeleton: {kind[:20]!r} is unknown")
+
+
+def _dtype(name: str) -> torch.dtype:
+    import torch
+
+    found = getattr(torch, name) if name.isidentifier() else None
+    if not isinstance(found, torch.dtype):
+        raise ValueError("no dtype")
+    return found
