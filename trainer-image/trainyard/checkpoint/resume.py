@@ -1,19 +1,22 @@
-"""The start of an attempt: find the newest commit that all ranks can load, load it, and fence off older attempts."""
+"""The start of an attempt: find the newest commit that all ranks can load, load it, and fence off older attempts.
+
+In two steps, because what a rank needs of the tensors depends on how the model is laid out, and the model is made only when
+it is known what the run goes on with: `open` finds a commit and reads what is not a tensor, `load` reads the tensors.
+"""
 
 from __future__ import annotations
 
-import hashlib
 import logging
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.commitlog import CommitLog
+from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.errors import (
     CheckpointError,
-    NotFound,
     NoUsableCheckpoint,
     ShardInvalid,
     StoreConfigError,
@@ -21,76 +24,234 @@ from trainyard.checkpoint.errors import (
     from_wire,
     to_wire,
 )
+from trainyard.checkpoint.loading import Layout, State, load_state
+from trainyard.checkpoint.policy import candidates, fence_reason
+from trainyard.checkpoint.reader import PATIENCE_SECONDS, CheckpointReader
 from trainyard.checkpoint.retry import with_retries
-from trainyard.checkpoint.snapshot import load_file
+from trainyard.checkpoint.sources import StoreSource
 from trainyard.checkpoint.stores import Store
+from trainyard.checkpoint.tier import open_tier
 from trainyard.peers import Peers
-from trainyard_api.checkpoints import Fenced, Record, Shard, check_fence, commit_key, commits_newest_first
+from trainyard_api.checkpoints import Fenced, Record, check_fence, commit_key, commits_newest_first
+
+if TYPE_CHECKING:
+    from trainyard.checkpoint.tier import Tier
 
 log = logging.getLogger("trainyard.checkpoint")
 
-PATIENCE_SECONDS = 10.0
-"""How long a store may be unreachable at the start before the attempt gives up."""
 _STARTS = 10
 _VERDICTS = (StoreConfigError, StoreUnavailable, CheckpointError)
 """What a rank may meet on loading, the gravest first: only the last is a reason to take an older commit."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Opened:
+    """Where the attempt will start, if its tensors turn out to be whole."""
+
+    record: Record
+    uri: str
+    main: dict[str, Any]
+    """The checkpoint, with None for each tensor."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Loaded:
     """Where the attempt starts."""
 
-    attempt: int
-    record: Record | None
-    """None: from the beginning."""
+    record: Record
     uri: str
-    main: dict[str, Any]
-    """Rank 0's payload: model, optimizers, loop."""
-    own: dict[str, Any]
-    """This rank's payload; empty if the checkpoint has no such rank."""
+    state: State
     fell_back: str
     """Why newer commits were passed over."""
+    bytes_read: dict[str, int]
+    """By source (local, peer, store), by this rank."""
 
 
-def resume(store: Store, run: str, attempt: int | None, peers: Peers, scratch: Path) -> Loaded:
-    """Collective. Raises, on all ranks alike: Fenced, StoreConfigError, StoreUnavailable, NoUsableCheckpoint.
+class Resumption:
+    """One per attempt. Both methods are collective, and raise on all ranks alike: Fenced, StoreConfigError,
+    StoreUnavailable, NoUsableCheckpoint."""
 
-    `attempt` None takes one more than the newest in the log (laptop). The fence is only written when the record that
-    was loaded is still the newest: if another commit came meanwhile, all starts over with it.
-    """
-    commits = CommitLog(store, run)  # used by rank 0 only
-    for _ in range(_STARTS):
-        proposal = _leader(peers, lambda: _propose(commits, attempt))
-        number = int(proposal["attempt"])
-        records = [Record.from_json(r, run=run, seq=r["seq"]) for r in proposal["records"]]
-        passed_over = list(proposal["unreadable"])
-        found: Loaded | None = None
-        for record in records:
-            uri = f"{store.uri}/{commit_key(record.seq)}"
-            payloads = _load_together(store, record, peers, scratch, passed_over)
-            if payloads is not None:
-                found = Loaded(
-                    attempt=number, record=record, uri=uri, main=payloads[0], own=payloads[1],
-                    fell_back="; ".join(passed_over),
+    def __init__(self, store: Store, config: CheckpointConfig, peers: Peers, staging: Path) -> None:
+        self._store = store
+        self._config = config
+        self._peers = peers
+        self._tier: Tier = open_tier(config, peers, staging)
+        self._commits: CommitLog | None = None  # rank 0's
+        self._passed_over: list[str] = []
+        self._records: list[Record] = []
+        """Candidates that are left."""
+        self._required = ""
+        self._reader: CheckpointReader | None = None
+        self.attempt = 0
+        self.log_records: list[Record] = []
+        """Rank 0: the whole log as it was found."""
+
+    def open(self) -> Opened | None:
+        """None: the attempt begins from the beginning; its fence is written."""
+        return self._open(self._tier.known_records() if self._peers.rank == 0 else None)
+
+    def load(self, layout: Layout) -> Loaded | None:
+        """What `open` found, or, where that turns out to be damaged or is not the newest any more, what it is to be
+        instead; None: from the beginning, because the policy allows it and no commit was ever made.
+
+        The fence is only written when the record that was loaded is still the newest.
+        """
+        for _ in range(_STARTS):
+            state: State | None = None
+            while self._records:
+                record, reader = self._records[0], self._reader
+                if reader is None:
+                    raise RuntimeError("open() comes first")
+                state = self._together(record, lambda: load_state(reader, self._peers.rank, layout))  # noqa: B023
+                if state is not None:
+                    break
+                self._next()
+            if state is None:
+                return None
+            if self._write_fence(record):
+                self._leader(self._announce_safely)
+                return Loaded(
+                    record=record, uri=self._uri(record), state=state, fell_back="; ".join(self._passed_over),
+                    bytes_read=dict(reader.bytes_read),
                 )  # fmt: skip
-                break
-        if found is None and (records or passed_over):
+            if self._open(None) is None:
+                return None
+        raise CheckpointError(f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read")
+
+    # ---- steps
+
+    def _open(self, known: list[Record] | None) -> Opened | None:
+        for _ in range(_STARTS):
+            proposal = self._leader(lambda: self._propose(known))  # noqa: B023
+            known = None
+            self.attempt = int(proposal["attempt"])
+            self._records = [Record.from_json(r, run=self._config.run_id, seq=r["seq"]) for r in proposal["records"]]
+            self._passed_over = list(proposal["unreadable"])
+            self._required = str(proposal["required"])
+            main = self._read_tree() if self._records else None
+            if main is None and (self._records or self._required or self._passed_over):
+                main = self._next()
+            if main is not None:
+                record = self._records[0]
+                return Opened(record=record, uri=self._uri(record), main=main)
+            if self._write_fence(None):
+                self._leader(self._announce_safely)
+                return None
+        raise CheckpointError(f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read")
+
+    def _next(self) -> dict[str, Any] | None:
+        """The candidate after the present one, which is damaged."""
+        while len(self._records) > 1:
+            del self._records[0]
+            main = self._read_tree()
+            if main is not None:
+                return main
+        self._records = []
+        if self._passed_over:
             raise NoUsableCheckpoint(
-                f"none of the checkpoints under {store.uri} can be used: {'; '.join(passed_over)}. Restore the bucket's "
-                "objects, or start a new run; this one will not begin from zero over them"
+                f"none of the checkpoints under {self._store.uri} can be used: {'; '.join(self._passed_over)}. Restore "
+                "the bucket's objects, or start a new run; this one will not begin from zero over them"
             )
-        fence = _fence(run, number, found)
-        if _leader(peers, lambda: commits.try_append(fence) is not None):  # noqa: B023
-            if found is None:
-                return Loaded(attempt=number, record=None, uri="", main={}, own={}, fell_back="")
+        if self._required:
+            raise NoUsableCheckpoint(
+                f"{self._required}, and {self._store.uri} has no such checkpoint; correct the URI or the policy (resume: "
+                "auto begins from the beginning where there is none)"
+            )
+        return None
+
+    def _read_tree(self) -> dict[str, Any] | None:
+        record = self._records[0]
+        sources = [*self._tier.sources(record), StoreSource(self._store)]
+        reader = self._reader = CheckpointReader(record, sources)
+
+        def read() -> dict[str, Any]:
+            from trainyard.checkpoint.format.tree import unflatten
+
+            main = unflatten(reader.tree("checkpoint"), lambda ref: None)
+            if not isinstance(main, dict):
+                raise ShardInvalid(f"the checkpoint of step {record.step} is no dict")
+            return main
+
+        return self._together(record, read)
+
+    def _propose(self, known: list[Record] | None) -> dict[str, Any]:
+        run = self._config.run_id
+        self._commits = commits = CommitLog(self._store, run, known or ())
+        records = commits.records if known else commits.refresh()
+        attempt = self._config.attempt
+        restart = attempt is not None and attempt > 1
+        if attempt is None:
+            attempt = 1 + max((r.attempt for r in records), default=0)
+        check_fence(records, attempt)
+        self.log_records = list(records)
+        found = candidates(records, self._config.resume, restart=restart)
+        newest = commits_newest_first(records)
+        # An unreadable record older than what is proposed is no news: it was passed over before.
+        horizon = found.records[0].seq if found.records else newest[0].seq if newest else 0
+        unreadable = [text for seq, text in sorted(commits.unreadable.items(), reverse=True) if seq > horizon]
+        if not found.records and newest and not found.required:
+            log.warning("resume is %r: the run begins from the beginning over %d checkpoints", self._config.resume, len(newest))
+        return {
+            "attempt": attempt,
+            "records": [r.to_json() for r in found.records],
+            "unreadable": [] if self._config.resume == "never" and not found.records else unreadable,
+            "required": found.why if found.required else "",
+        }
+
+    def _write_fence(self, start: Record | None) -> bool:
+        fence = Record(
+            kind="fence", seq=0, run=self._config.run_id, attempt=self.attempt, time=time.time(),
+            step=start.step if start else 0, parent=start.seq if start else 0,
+            reason=fence_reason(self._config.resume),
+        )  # fmt: skip
+
+        def append() -> bool:
+            return self._commits is not None and self._commits.try_append(fence) is not None
+
+        return bool(self._leader(append))
+
+    def _announce_safely(self) -> None:
+        """Nothing that the local tier does may fail a run."""
+
+    # ---- together
+
+    def _leader(self, call: Callable[[], Any]) -> Any:
+        """What `call` returns on rank 0, or its error, on every rank."""
+        answer: dict[str, Any] = {}
+        if self._peers.rank == 0:
+            try:
+                answer["value"] = with_retries(call, seconds=PATIENCE_SECONDS, longest=2.0)
+            except (CheckpointError, Fenced) as error:
+                answer["error"] = to_wire(error)
+        answer = self._peers.broadcast(answer)
+        if "error" in answer:
+            raise from_wire(answer["error"])
+        return answer["value"]
+
+    def _together(self, record: Record, work: Callable[[], Any]) -> Any:
+        """What `work` returns on this rank; None, with the reason in `_passed_over`, if a rank finds a shard damaged."""
+        found, mine = None, None
+        try:
+            found = work()
+        except CheckpointError as error:
+            mine = to_wire(error)
+        errors = [from_wire(e) for e in self._peers.gather(mine) if e is not None]
+        if not errors:
             return found
-    raise CheckpointError(f"{store.uri}: other writers changed the log {_STARTS} times while it was read")
+        worst = min(errors, key=lambda e: next(i for i, kind in enumerate(_VERDICTS) if isinstance(e, kind)))
+        if isinstance(worst, StoreConfigError | StoreUnavailable):
+            raise worst
+        self._passed_over.append(str(worst))
+        if self._peers.rank == 0:
+            log.warning("checkpoint of step %d cannot be used, trying the one before: %s", record.step, worst)
+        return None
+
+    def _uri(self, record: Record) -> str:
+        return f"{self._store.uri}/{commit_key(record.seq)}"
 
 
-def newest(
-    store: Store, run: str, scratch: Path, seq: int | None = None
-) -> tuple[Record, dict[str, Any], list[str]]:
-    """(record, rank 0's payload, why newer ones were passed over) of the newest commit that is whole, or of commit `seq`.
+def newest(store: Store, run: str, seq: int | None = None) -> tuple[Record, State, list[str]]:
+    """(record, what rank 0 would load, why newer ones were passed over) of the newest commit that is whole, or of `seq`.
 
     Nothing is written, so that a run may be read while it trains.
     Raises NoUsableCheckpoint, StoreConfigError, StoreUnavailable.
@@ -102,101 +263,8 @@ def newest(
         if seq is not None and record.seq != seq:
             continue
         try:
-            return record, _fetch(store, record.shards[0], scratch / "fetch.pt"), passed_over
+            return record, load_state(CheckpointReader(record, [StoreSource(store)]), 0), passed_over
         except ShardInvalid as error:
             passed_over.append(str(error))
     which = "no checkpoint" if seq is None else f"no checkpoint {commit_key(seq)}"
     raise NoUsableCheckpoint("; ".join([f"{store.uri}: {which} that can be used", *passed_over]))
-
-
-def _leader(peers: Peers, call: Callable[[], Any]) -> Any:
-    """What `call` returns on rank 0, or its error, on every rank."""
-    answer: dict[str, Any] = {}
-    if peers.rank == 0:
-        try:
-            answer["value"] = with_retries(call, seconds=PATIENCE_SECONDS, longest=2.0)
-        except (CheckpointError, Fenced) as error:
-            answer["error"] = to_wire(error)
-    answer = peers.broadcast(answer)
-    if "error" in answer:
-        raise from_wire(answer["error"])
-    return answer["value"]
-
-
-def _propose(commits: CommitLog, attempt: int | None) -> dict[str, Any]:
-    records = commits.refresh()
-    if attempt is None:
-        attempt = 1 + max((r.attempt for r in records), default=0)
-    check_fence(records, attempt)
-    newest = commits_newest_first(records)
-    # An unreadable record older than what is proposed is no news: it was passed over before.
-    horizon = newest[0].seq if newest else 0
-    unreadable = [text for seq, text in sorted(commits.unreadable.items(), reverse=True) if seq > horizon]
-    return {"attempt": attempt, "records": [r.to_json() for r in newest], "unreadable": unreadable}
-
-
-def _fence(run: str, attempt: int, found: Loaded | None) -> Record:
-    start = found.record if found else None
-    return Record(
-        kind="fence", seq=0, run=run, attempt=attempt, time=time.time(), step=start.step if start else 0,
-        parent=start.seq if start else 0,
-    )  # fmt: skip
-
-
-def _load_together(
-    store: Store, record: Record, peers: Peers, scratch: Path, passed_over: list[str]
-) -> tuple[dict[str, Any], dict[str, Any]] | None:
-    """(rank 0's payload, own payload); None, with the reason added to `passed_over`, if a rank finds a shard damaged."""
-    payloads: tuple[dict[str, Any], dict[str, Any]] | None = None
-    mine: dict[str, str] | None = None
-    try:
-        payloads = _load(store, record, peers.rank, scratch)
-    except CheckpointError as error:
-        mine = to_wire(error)
-    except OSError as error:  # of the scratch file: says nothing about the checkpoint
-        mine = to_wire(StoreUnavailable(f"rank {peers.rank} cannot write to {scratch}: {error.strerror}"))
-    errors = [from_wire(e) for e in peers.gather(mine) if e is not None]
-    if not errors:
-        return payloads
-    worst = min(errors, key=lambda e: next(i for i, kind in enumerate(_VERDICTS) if isinstance(e, kind)))
-    if isinstance(worst, StoreConfigError | StoreUnavailable):
-        raise worst
-    passed_over.append(str(worst))
-    if peers.rank == 0:
-        log.warning("checkpoint of step %d cannot be used, trying the one before: %s", record.step, worst)
-    return None
-
-
-def _load(store: Store, record: Record, rank: int, scratch: Path) -> tuple[dict[str, Any], dict[str, Any]]:
-    shards = {s.rank: s for s in record.shards}
-    main = _fetch(store, shards[0], scratch / f"fetch-{rank}.pt")
-    if rank == 0:
-        return main, main
-    return main, _fetch(store, shards[rank], scratch / f"fetch-{rank}.pt") if rank in shards else {}
-
-
-def _fetch(store: Store, shard: Shard, path: Path) -> dict[str, Any]:
-    """The payload of a shard whose content is what its commit says. Raises ShardInvalid, StoreError."""
-
-    def download() -> tuple[int, str]:
-        digest, size = hashlib.sha256(), 0
-        with path.open("wb") as file:
-            for chunk in store.read(shard.key):
-                size += len(chunk)
-                digest.update(chunk)
-                file.write(chunk)
-                if size > shard.size:
-                    break  # do not fill the disk with what is wrong anyway
-        return size, digest.hexdigest()
-
-    try:
-        size, sha256 = with_retries(download, seconds=PATIENCE_SECONDS, longest=2.0)
-        if size != shard.size:
-            raise ShardInvalid(f"{shard.key}: has {size} bytes, its commit says {shard.size}")
-        if sha256 != shard.sha256:
-            raise ShardInvalid(f"{shard.key}: its SHA-256 is not the one in its commit")
-        return load_file(path, shard.key)
-    except NotFound as error:
-        raise ShardInvalid(f"{shard.key}: is missing") from error
-    finally:
-        path.unlink(missing_ok=True)

@@ -1,7 +1,7 @@
 """A state of nested dicts, lists and tensors as a JSON skeleton and named tensors, and back. Nothing is ever pickled.
 
 In the skeleton JSON's own kinds stand for themselves; all else is an object with one key that begins with "$":
-`{"$tensor": name}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}` (keys that are not plain strings), ...
+`{"$tensor": [name, dtype, shape of the whole]}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}` (keys that are not plain strings), ...
 """
 
 from __future__ import annotations
@@ -11,16 +11,31 @@ import binascii
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.errors import CheckpointConfigError, ShardInvalid
-from trainyard.checkpoint.format.dtypes import to_name
+from trainyard.checkpoint.format.dtypes import from_name, to_name
 
 if TYPE_CHECKING:
     import torch
 
 _DEEPEST = 200
 """Levels: a skeleton that is deeper did not come from `flatten`."""
+
+
+@dataclass(frozen=True, slots=True)
+class Ref:
+    """A tensor that a skeleton needs."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    """Of the whole tensor."""
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
 
 
 def flatten(value: Any, path: str = "checkpoint") -> tuple[Any, dict[str, torch.Tensor]]:
@@ -86,7 +101,8 @@ class _Flattener:
         from torch.distributed.tensor import DTensor
 
         if isinstance(value, DTensor):
-            return {"$tensor": self._name(value, path, (id(value.to_local().untyped_storage()), value.shape))}
+            local = value.to_local()
+            return self._ref(value, path, (local.data_ptr(), value.shape) if local.numel() else None)
         if value.layout is torch.sparse_coo:
             value = value.coalesce()
             parts = [
@@ -102,7 +118,10 @@ class _Flattener:
         if to_name(value.dtype) is None:
             raise CheckpointConfigError(f"{path}: a tensor of {value.dtype} cannot be in a checkpoint")
         same = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride()) if value.numel() else None
-        return {"$tensor": self._name(value, path, same)}
+        return self._ref(value, path, same)
+
+    def _ref(self, value: torch.Tensor, path: str, same: Any) -> Any:
+        return {"$tensor": [self._name(value, path, same), to_name(value.dtype), list(value.shape)]}
 
     def _name(self, value: torch.Tensor, path: str, same: Any) -> str:
         if same is not None and same in self._names:
@@ -117,20 +136,25 @@ class _Flattener:
         return name
 
 
-def names(skeleton: Any) -> list[str]:
+def refs(skeleton: Any) -> list[Ref]:
     """The tensors that it needs, each once. Raises ShardInvalid."""
-    found: dict[str, None] = {}
-    unflatten(skeleton, lambda name: found.setdefault(name))
-    return list(found)
+    found: dict[str, Ref] = {}
+
+    def note(ref: Ref) -> None:
+        if found.setdefault(ref.name, ref) != ref:
+            raise ShardInvalid(f"skeleton: {ref.name[:100]!r} is there twice, with another shape")
+
+    unflatten(skeleton, note)
+    return list(found.values())
 
 
-def unflatten(skeleton: Any, tensor: Callable[[str], Any]) -> Any:
+def unflatten(skeleton: Any, tensor: Callable[[Ref], Any]) -> Any:
     """The state; `tensor` is asked for each tensor, again for one that is there twice. Where it answers None (they are
     only counted), None stands. Raises ShardInvalid for what `flatten` never makes; runs nothing of it."""
     return _build(skeleton, tensor, 0)
 
 
-def _build(node: Any, tensor: Callable[[str], Any], depth: int) -> Any:
+def _build(node: Any, tensor: Callable[[Ref], Any], depth: int) -> Any:
     if depth > _DEEPEST:
         raise ShardInvalid("skeleton: too deep")
     if node is None or isinstance(node, bool | int | str | float):
@@ -147,14 +171,12 @@ def _build(node: Any, tensor: Callable[[str], Any], depth: int) -> Any:
     return {key: _build(v, tensor, depth + 1) for key, v in node.items()}
 
 
-def _special(kind: str, given: Any, tensor: Callable[[str], Any], depth: int) -> Any:
+def _special(kind: str, given: Any, tensor: Callable[[Ref], Any], depth: int) -> Any:
     import torch
 
     match kind:
         case "$tensor":
-            if not isinstance(given, str):
-                raise ValueError("a name is a string")
-            return tensor(given)
+            return tensor(_ref(given))
         case "$float" if given in ("nan", "inf", "-inf"):
             return float(given)
         case "$tuple":
@@ -185,6 +207,14 @@ def _special(kind: str, given: Any, tensor: Callable[[str], Any], depth: int) ->
             real_pairs = _build(given, tensor, depth)
             return None if real_pairs is None else torch.view_as_complex(real_pairs)
     raise ShardInvalid(f"skeleton: {kind[:20]!r} is unknown")
+
+
+def _ref(given: Any) -> Ref:
+    name, dtype, shape = given
+    known = from_name(dtype)
+    if not isinstance(name, str) or known is None or any(type(n) is not int or n < 0 for n in shape):
+        raise ValueError("no reference to a tensor")
+    return Ref(name, known, tuple(shape))
 
 
 def _dtype(name: str) -> torch.dtype:

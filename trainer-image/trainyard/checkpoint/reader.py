@@ -1,0 +1,226 @@
+"""Reading the shards of one commit: only what is asked for, from whichever source has it, and nothing unverified.
+
+A part is fetched whole, because only a whole part can be checked; several are on their way at a time, each into a buffer
+of its own or straight to where it belongs. So memory beyond what is loaded is `workers` parts.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreUnavailable
+from trainyard.checkpoint.format.digest import Descriptor, digest
+from trainyard.checkpoint.format.geometry import Box, Index
+from trainyard.checkpoint.format.runs import Run, runs_of
+from trainyard.checkpoint.format.shardfile import Header, header_length, read_header
+from trainyard.checkpoint.retry import with_retries
+from trainyard.checkpoint.sources import Source
+from trainyard_api.checkpoints import Record, Shard
+
+if TYPE_CHECKING:
+    import torch
+
+log = logging.getLogger("trainyard.checkpoint")
+
+PATIENCE_SECONDS = 10.0
+"""How long a source may be unreachable before the next one is asked."""
+WORKERS = 8
+_KEPT_HEADS = 64 << 20
+"""Bytes of verified beginnings of shards that are kept between the reading of headers and of tensors."""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """Fill `target`, contiguous and on the CPU, with the piece `box` of the tensor `name`."""
+
+    name: str
+    box: Box
+    whole: Index
+    """The shape of the whole tensor."""
+    target: torch.Tensor
+
+
+class CheckpointReader:
+    """Raises ShardInvalid (try an older commit), StoreUnavailable, StoreConfigError. One thread calls."""
+
+    def __init__(self, record: Record, sources: Sequence[Source], *, workers: int = WORKERS) -> None:
+        self.record = record
+        self._sources = sources
+        self._workers = workers
+        self._lock = threading.Lock()
+        self._headers: dict[int, Header] = {}
+        self._heads: dict[tuple[str, int], bytes] = {}
+        self._at: dict[str, int] = {}
+        """By key: the source that is asked first; those before it have failed."""
+        self._descriptors: dict[tuple[str, int], Descriptor] = {}
+        self.bytes_read: Counter[str] = Counter()
+        """By the source's name."""
+
+    # ---- headers
+
+    def header(self, rank: int) -> Header:
+        """Of the shard that rank `rank` wrote."""
+        if rank not in self._headers:
+            self._headers[rank] = self._read_header(self._shard(rank))
+        return self._headers[rank]
+
+    def headers(self) -> list[Header]:
+        """Of all shards, by rank."""
+        missing = [rank for rank in range(self.record.world_size) if rank not in self._headers]
+        for rank, header in zip(missing, self._parallel(self._read_header, map(self._shard, missing)), strict=True):
+            self._headers[rank] = header
+        return [self._headers[rank] for rank in range(self.record.world_size)]
+
+    def tree(self, name: str, rank: int = 0) -> Any:
+        """The skeleton `name` ("checkpoint" or "rank") in the shard of `rank`."""
+        trees = self.header(rank).trees
+        if name not in trees:
+            raise ShardInvalid(f"{self._shard(rank).key}: has no {name!r}")
+        return trees[name]
+
+    # ---- tensors
+
+    def load(self, requests: Iterable[Request], *, first: int | None = None) -> None:
+        """Fill all targets. `first`: the rank whose shard probably has them; the others' headers are read if it has not."""
+        pending = list(requests)
+        wanted: list[tuple[Shard, Run]] = []
+        if first is not None and first < self.record.world_size:
+            pending = self._plan(pending, [first], wanted, final=False)
+        if pending:
+            self.headers()
+            self._plan(pending, range(self.record.world_size), wanted, final=True)
+        self._fetch(wanted)
+        for _, run in wanted:
+            run.finish()
+        self._heads.clear()
+
+    def _plan(
+        self, requests: list[Request], ranks: Iterable[int], wanted: list[tuple[Shard, Run]], *, final: bool
+    ) -> list[Request]:
+        """Adds to `wanted` what the shards of `ranks` have; the requests that they do not fill."""
+        headers = [(self._shard(rank), self.header(rank)) for rank in ranks]
+        left = []
+        for request in requests:
+            entries = [(s, h.entries[request.name]) for s, h in headers if request.name in h.entries]
+            if any(e.whole != request.whole for _, e in entries):
+                raise ShardInvalid(f"{request.name}: its pieces are not of a tensor of shape {list(request.whole)}")
+            runs = [(s, run) for s, e in entries for run in runs_of(e, request.box, request.target)]
+            covered = sum(run.elements for _, run in runs)
+            if covered == request.box.numel:
+                wanted += runs
+            elif final:
+                raise ShardInvalid(
+                    f"{request.name}: the checkpoint of step {self.record.step} has {covered} of its "
+                    f"{request.box.numel} elements"
+                )
+            else:
+                left.append(request)
+        return left
+
+    def _fetch(self, wanted: list[tuple[Shard, Run]]) -> None:
+        parts: dict[tuple[str, int], tuple[Shard, list[Run]]] = {}
+        for shard, run in wanted:
+            for number in range(run.begin // shard.part_size, -(-run.end // shard.part_size)):
+                parts.setdefault((shard.key, number), (shard, []))[1].append(run)
+        local = threading.local()
+
+        def work(item: tuple[tuple[str, int], tuple[Shard, list[Run]]]) -> None:
+            (_, number), (shard, runs) = item
+            begin = number * shard.part_size
+            length = min(shard.part_size, shard.size - begin)
+            straight = runs[0].window(begin, begin + length) if len(runs) == 1 else None
+            if straight is not None:
+                self._part(shard, number, straight)
+                return
+            if not hasattr(local, "buffer") or len(local.buffer) < shard.part_size:
+                local.buffer = bytearray(shard.part_size)
+            buffer = memoryview(local.buffer)[:length]
+            self._part(shard, number, buffer)
+            for run in runs:
+                run.take(begin, buffer)
+
+        self._parallel(work, parts.items())
+
+    # ---- bytes
+
+    def _shard(self, rank: int) -> Shard:
+        return self.record.shards[rank]
+
+    def _read_header(self, shard: Shard) -> Header:
+        beginning = self._head(shard, 0)
+        length = header_length(beginning, shard.size)
+        for number in range(1, -(-length // shard.part_size)):
+            beginning += self._head(shard, number)
+        try:
+            return read_header(beginning, shard.size)
+        except ShardInvalid as error:
+            raise ShardInvalid(f"{shard.key}: {error}") from error
+
+    def _head(self, shard: Shard, number: int) -> bytes:
+        begin = number * shard.part_size
+        buffer = bytearray(min(shard.part_size, shard.size - begin))
+        self._part(shard, number, memoryview(buffer))
+        with self._lock:
+            if sum(map(len, self._heads.values())) + len(buffer) <= _KEPT_HEADS:
+                self._heads[shard.key, number] = bytes(buffer)
+        return bytes(buffer)
+
+    def _part(self, shard: Shard, number: int, buffer: memoryview) -> None:
+        """Fill `buffer` with a part that is what the commit says it is."""
+        kept = self._heads.get((shard.key, number))
+        if kept is not None:
+            buffer[:] = kept
+            return
+        reasons: list[Exception] = []
+        for index in range(self._at.get(shard.key, 0), len(self._sources)):
+            source = self._sources[index]
+            try:
+                wanted = self._descriptor(source, index, shard).parts[number]
+                _patiently(lambda: source.read_into(shard, number * shard.part_size, buffer))  # noqa: B023
+                if digest(buffer) != wanted:
+                    raise ShardInvalid(f"{shard.key}: part {number} does not have the SHA-256 of its commit")
+                with self._lock:
+                    self.bytes_read[source.name] += len(buffer)
+                return
+            except NotFound as error:
+                reasons.append(ShardInvalid(f"{shard.key}: is missing ({error})"))
+            except (ShardInvalid, StoreUnavailable) as error:
+                reasons.append(error)
+            if source.name != "store" and not isinstance(reasons[-1], NotFound):
+                log.info("%s source: %s; the next one is asked", source.name, reasons[-1])
+            with self._lock:
+                self._at[shard.key] = max(self._at.get(shard.key, 0), index + 1)
+        if not reasons:  # another thread found the last source wanting, for the same shard
+            raise ShardInvalid(f"{shard.key}: no source has it whole")
+        # The last source is the truth; what the copies lack says nothing about the checkpoint.
+        raise reasons[-1]
+
+    def _descriptor(self, source: Source, index: int, shard: Shard) -> Descriptor:
+        with self._lock:
+            known = self._descriptors.get((shard.key, index))
+        if known is None:
+            known = _patiently(lambda: source.descriptor(shard))
+            with self._lock:
+                self._descriptors[shard.key, index] = known
+        return known
+
+    def _parallel(self, work: Callable[[Any], Any], items: Iterable[Any]) -> list[Any]:
+        items = list(items)
+        if len(items) < 2:
+            return [work(item) for item in items]
+        with ThreadPoolExecutor(min(self._workers, len(items)), thread_name_prefix="checkpoint-read") as pool:
+            try:
+                return list(pool.map(work, items))
+            except BaseException:
+                pool.shutdown(wait=False, cancel_futures=True)
+                raise
+
+
+def _patiently(call: Callable[[], Any]) -> Any:
+    return with_retries(call, seconds=PATIENCE_SECONDS, longest=2.0)
