@@ -75,7 +75,7 @@ class Resumption:
         self._store = store
         self._config = config
         self._peers = peers
-        self._tier: Tier = open_tier(config, peers, staging)
+        self.tier: Tier = open_tier(config, peers, staging)
         self._commits: CommitLog | None = None  # rank 0's
         self._passed_over: list[str] = []
         self._records: list[Record] = []
@@ -88,7 +88,7 @@ class Resumption:
 
     def open(self) -> Opened | None:
         """None: the attempt begins from the beginning; its fence is written."""
-        return self._open(self._tier.known_records() if self._peers.rank == 0 else None)
+        return self._open(self.tier.known_records() if self._peers.rank == 0 else None)
 
     def load(self, layout: Layout) -> Loaded | None:
         """What `open` found, or, where that turns out to be damaged or is not the newest any more, what it is to be
@@ -109,7 +109,6 @@ class Resumption:
             if state is None:
                 return None
             if self._write_fence(record):
-                self._leader(self._announce_safely)
                 return Loaded(
                     record=record, uri=self._uri(record), state=state, fell_back="; ".join(self._passed_over),
                     bytes_read=dict(reader.bytes_read),
@@ -135,7 +134,6 @@ class Resumption:
                 record = self._records[0]
                 return Opened(record=record, uri=self._uri(record), main=main)
             if self._write_fence(None):
-                self._leader(self._announce_safely)
                 return None
         raise CheckpointError(f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read")
 
@@ -161,7 +159,7 @@ class Resumption:
 
     def _read_tree(self) -> dict[str, Any] | None:
         record = self._records[0]
-        sources = [*self._tier.sources(record), StoreSource(self._store)]
+        sources = [*self.tier.sources(record), StoreSource(self._store)]
         reader = self._reader = CheckpointReader(record, sources)
 
         def read() -> dict[str, Any]:
@@ -209,9 +207,6 @@ class Resumption:
             return self._commits is not None and self._commits.try_append(fence) is not None
 
         return bool(self._leader(append))
-
-    def _announce_safely(self) -> None:
-        """Nothing that the local tier does may fail a run."""
 
     # ---- together
 
