@@ -19,6 +19,9 @@ CONTRACT = 1
 OPERATOR_NAME = f"{GROUP}/operator"
 """Value of `spec.managedBy` (and its default) that makes this operator act on a run."""
 
+FINALIZER = f"{GROUP}/checkpoints"
+"""Holds a run with `deletionPolicy: Delete` until its checkpoints are deleted, or cannot be."""
+
 # ---- labels and annotations of children -------------------------------------------------------------
 LABEL_RUN = f"{GROUP}/run"
 """Name of the run; for people and selectors. Ownership is decided by ownerReferences, never by this."""
@@ -33,6 +36,8 @@ MANAGED_BY = "trainyard"
 
 # ---- pod layout -------------------------------------------------------------------------------------
 CONTAINER = "trainer"
+CLEANUP_CONTAINER = "cleanup"
+"""Of the pod that deletes a run's checkpoints."""
 TOKEN_AUDIENCE = f"{GROUP}/coordinator"
 TOKEN_DIR = "/var/run/trainyard/token"  # noqa: S105 - a path
 TOKEN_FILE = f"{TOKEN_DIR}/token"
@@ -175,6 +180,9 @@ class Reason(StrEnum):
     STARTED = "Started"
     RECOVERED = "Recovered"
     CHECKPOINT_PASSED_OVER = "CheckpointPassedOver"
+    DELETING_CHECKPOINTS = "DeletingCheckpoints"
+    CHECKPOINTS_DELETED = "CheckpointsDeleted"
+    CHECKPOINTS_LEFT_BEHIND = "CheckpointsLeftBehind"
     POD_CREATED = "PodCreated"
 
 

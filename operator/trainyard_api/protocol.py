@@ -86,6 +86,14 @@ class Checkpoint:
     uri: str
     time: float
     """Unix seconds."""
+    reason: str = ""
+    """What it was made for (`checkpoints.Record.reason`); empty if not known, as are those below if None."""
+    bytes: int | None = None
+    """Of all shards."""
+    upload_seconds: float | None = None
+    """From the first byte to the commit."""
+    stall_seconds: float | None = None
+    """For which training stood still."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -68,8 +68,14 @@ def _decode(hint: Any, data: Any, path: str) -> Any:
         options = get_args(hint)
         if data is None and type(None) in options:
             return None
-        (only,) = [o for o in options if o is not type(None)]
-        return _decode(only, data, path)
+        kinds = [o for o in options if o is not type(None)]
+        if len(kinds) > 1:  # int | str, as the API has it for steps and quantities
+            if type(data) in kinds:
+                return data
+            raise ValueError(
+                f"{path}: expected {' or '.join(k.__name__ for k in kinds)}, got {type(data).__name__}"
+            )
+        return _decode(kinds[0], data, path)
     if hint is Any:
         return data
     if origin in (list, tuple):

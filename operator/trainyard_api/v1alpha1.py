@@ -77,10 +77,32 @@ class LocalRef:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class CheckpointInterval:
-    """Save when either has passed. With neither set, at every epoch's end only."""
+    """Save when either has passed. With nothing set, at every epoch's end only."""
 
     steps: int | None = None
     seconds: int | None = None
+    auto: bool = False
+    """Chosen from the measured cost of a save and the rate of failures; not together with the two above."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class KeepBest:
+    """Checkpoints to keep beside the newest: those with the best value of a metric that the program logs."""
+
+    metric: str
+    mode: str = "min"
+    count: int = 1
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class LocalTier:
+    """The newest checkpoint on the nodes too. `medium` and `size_limit` are those of the pod's runtime volume."""
+
+    enabled: bool = True
+    copies: int = 0
+    """On how many other nodes a copy of each node's part is kept."""
+    medium: str | None = None
+    size_limit: int | str | None = None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -89,9 +111,21 @@ class CheckpointSpec:
     endpoint: str | None = None
     region: str | None = None
     interval: CheckpointInterval = CheckpointInterval()
+    on_exception: bool = False
     keep: int = 3
+    keep_best: KeepBest | None = None
+    resume: int | str = "auto"
+    """never, auto, required, or a step."""
+    local: LocalTier = LocalTier()
+    deletion_policy: str = "Retain"
+    """What becomes of the checkpoints when the run is deleted: Retain or Delete."""
     credentials_secret: LocalRef | None = None
     """Secret with keys AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY (and AWS_SESSION_TOKEN if temporary)."""
+
+    @property
+    def deletes(self) -> bool:
+        """Whether the checkpoints go with the run."""
+        return self.deletion_policy == "Delete"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,6 +166,10 @@ class Spec:
     service_account_name: str | None = None
     termination_grace_period_seconds: int = 30
     checkpoint: CheckpointSpec
+    determinism: str | None = None
+    """"elastic": the same weights, bit for bit, at any number of processes."""
+    virtual_ranks: int | None = None
+    """Of determinism elastic: in how many parts a step is always computed."""
     restart_policy: RestartPolicy = RestartPolicy()
     suspend: bool = False
     active_deadline_seconds: int | None = None
@@ -213,6 +251,29 @@ class CheckpointStatus:
     seq: int
     uri: str
     time: str = ""
+    reason: str = ""
+    """What it was made for: steps, time, auto, epoch, stop, exception, end."""
+    bytes: int | None = None
+    """Of all its shards."""
+    upload_seconds: float | None = None
+    """From the first byte to the commit."""
+    stall_seconds: float | None = None
+    """For which training stood still."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class CleanupStatus:
+    """How far the deletion of the checkpoints is, of a run that is being deleted (`deletionPolicy: Delete`)."""
+
+    start_time: str = ""
+    """When the run was first seen to be deleted."""
+    tries: int = 0
+    """Cleanup pods that were decided on; the last one is the current try."""
+    try_time: str = ""
+    """When the current try begins; its limits count from here."""
+    result: str = ""
+    """Empty while it goes on; then Deleted or LeftBehind, and the finalizer is removed."""
+    message: str = ""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -255,6 +316,7 @@ class Status:
     active_since: str = ""
     """Since when the run is active now (not suspended, not finished)."""
     completion_time: str = ""
+    cleanup: CleanupStatus | None = None
     conditions: list[Condition] = field(default_factory=list)
 
     def condition(self, kind: ConditionType | str) -> Condition | None:
@@ -294,6 +356,7 @@ class TrainingRun:
     deleting: bool
     spec: Spec
     status: Status
+    finalizers: tuple[str, ...] = ()
 
     @classmethod
     def from_object(cls, obj: dict[str, Any]) -> TrainingRun:
@@ -309,4 +372,5 @@ class TrainingRun:
             deleting="deletionTimestamp" in meta,
             spec=decode(Spec, obj.get("spec", {}), path="spec"),
             status=decode(Status, obj.get("status") or {}, path="status"),
+            finalizers=tuple(meta.get("finalizers") or ()),
         )

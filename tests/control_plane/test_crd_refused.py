@@ -174,6 +174,49 @@ REFUSED: dict[str, tuple[dict[str, Any], str, str]] = {
     "interval.seconds": (
         checkpoint(interval={"seconds": 604801}), "spec.checkpoint.interval.seconds", "less than or equal to 604800",
     ),
+    "auto and steps": (
+        checkpoint(interval={"auto": True, "steps": 5}), "spec.checkpoint.interval.auto", "remove steps and seconds",
+    ),
+    "auto and seconds": (
+        checkpoint(interval={"auto": True, "seconds": 5}), "spec.checkpoint.interval.auto", "remove steps and seconds",
+    ),
+    "keepBest without metric": (checkpoint(keepBest={}), "spec.checkpoint.keepBest.metric", "Required"),
+    "metric with a colon": (
+        checkpoint(keepBest={"metric": "a:min"}), "spec.checkpoint.keepBest.metric", "without ':' and spaces",
+    ),
+    "keepBest.mode": (
+        checkpoint(keepBest={"metric": "a", "mode": "best"}), "spec.checkpoint.keepBest.mode", '"min", "max"',
+    ),
+    "keepBest.count": (
+        checkpoint(keepBest={"metric": "a", "count": 0}), "spec.checkpoint.keepBest.count", "greater than or equal to 1",
+    ),
+    "resume": (checkpoint(resume="sometimes"), "spec.checkpoint.resume", "never, auto, required or the number"),
+    "resume from nothing": (checkpoint(resume=""), "spec.checkpoint.resume", "never, auto, required or the number"),
+    "resume from a negative step": (checkpoint(resume=-1), "spec.checkpoint.resume", "greater than or equal to 0"),
+    "resume from too far": (checkpoint(resume=10**12), "spec.checkpoint.resume", "less than or equal to 999999999999"),
+    "resume by a truth": (checkpoint(resume=True), "spec.checkpoint.resume", "must be of type"),
+    "too many copies": (checkpoint(local={"copies": 4}), "spec.checkpoint.local.copies", "less than or equal to 3"),
+    "copies on no other node": (
+        checkpoint(local={"copies": 2}), "spec.checkpoint.local.copies", "must be less than nodes",
+    ),
+    "copies of nothing": (
+        checkpoint(local={"enabled": False, "copies": 1}), "spec.checkpoint.local.copies", "set local.enabled",
+    ),
+    "local.medium": (checkpoint(local={"medium": "HugePages"}), "spec.checkpoint.local.medium", "Unsupported value"),
+    "local.sizeLimit": (checkpoint(local={"sizeLimit": "lots"}), "spec.checkpoint.local.sizeLimit", "should match"),
+    "deletionPolicy": (checkpoint(deletionPolicy="Orphan"), "spec.checkpoint.deletionPolicy", '"Retain", "Delete"'),
+    "determinism": (spec(determinism="strict"), "spec.determinism", "Unsupported value"),
+    "elastic without virtual ranks": (spec(determinism="elastic"), "spec.virtualRanks", "needs virtualRanks"),
+    "virtual ranks alone": (spec(virtualRanks=4), "spec.virtualRanks", "goes with determinism elastic only"),
+    "virtual ranks without determinism": (
+        spec(determinism="", virtualRanks=4), "spec.virtualRanks", "goes with determinism elastic only",
+    ),
+    "fewer virtual ranks than processes": (
+        spec(determinism="elastic", virtualRanks=3, processesPerNode=2), "spec.virtualRanks", "must not be below",
+    ),
+    "no virtual rank": (
+        spec(determinism="elastic", virtualRanks=0), "spec.virtualRanks", "greater than or equal to 1",
+    ),
     "keep": (checkpoint(keep=1), "spec.checkpoint.keep", "greater than or equal to 2"),
     # restarts
     "negative restarts": (

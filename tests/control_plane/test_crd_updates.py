@@ -14,6 +14,7 @@ from trainyard_api.v1alpha1 import (
     AttemptStatus,
     Cause,
     CheckpointStatus,
+    CleanupStatus,
     Condition,
     NodesStatus,
     Restarts,
@@ -41,6 +42,8 @@ CHANGES: dict[str, Any] = {
     "serviceAccountName": "other",
     "terminationGracePeriodSeconds": 60,
     "checkpoint": {"uri": "s3://bucket/other"},
+    "determinism": "elastic",
+    "virtualRanks": 4,
     "managedBy": "example.com/other",
 }
 REQUIRED = {"image", "nodes", "script", "checkpoint"}
@@ -70,7 +73,13 @@ STATUS = Status(
     samples_per_second=812.5,
     progress="37%",
     best_step=37,
-    checkpoint=CheckpointStatus(step=30, seq=4, uri="s3://bucket/runs/u/commits/00000004.json", time="2026-01-01T00:00:00Z"),
+    checkpoint=CheckpointStatus(
+        step=30, seq=4, uri="s3://bucket/runs/u/commits/00000004.json", time="2026-01-01T00:00:00Z", reason="steps",
+        bytes=2**40, upload_seconds=1.5, stall_seconds=0.01,
+    ),
+    cleanup=CleanupStatus(
+        start_time="2026-01-01T00:00:00Z", tries=1, try_time="2026-01-01T00:00:01Z", result="Deleted", message="all",
+    ),
     restarts=Restarts(user=1, infrastructure=0, without_progress=0),
     root_cause=Cause(reason="WorkerFailed", failure_class="user", message="boom", rank=1, exit_code=-9, pod="digits-1-1"),
     attempts=[
@@ -126,6 +135,22 @@ def test_script_cannot_become_a_command(run: str, server: Server) -> None:
     answer = server.request("PATCH", run, {"spec": {"script": None, "command": ["a.py"]}})
     assert_immutable(answer, "script")
     assert_immutable(answer, "command")
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"interval": {"auto": True}},
+        {"onException": True},
+        {"keepBest": {"metric": "loss"}},
+        {"resume": "required"},
+        {"local": {"enabled": False}},
+        {"deletionPolicy": "Delete"},
+    ],
+    ids=lambda part: next(iter(part)),
+)
+def test_no_part_of_checkpoint_can_be_changed(run: str, server: Server, part: dict[str, Any]) -> None:
+    assert_immutable(server.request("PATCH", run, {"spec": {"checkpoint": part}}), "checkpoint")
 
 
 def test_parts_of_lists_cannot_be_changed(full_run: str, server: Server) -> None:

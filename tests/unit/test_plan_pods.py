@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 
 from tests.builders import SETTINGS, a_run
+from trainyard.checkpoint.config import CheckpointConfig, KeepBest
 from trainyard_api import contract
 from trainyard_operator.observe import controlled_by, pod_view
 from trainyard_operator.plan.pods import desired_pod
@@ -66,6 +67,64 @@ def test_the_contracts_environment() -> None:
     assert said["HOME"] == "/tmp"  # noqa: S108
     assert said["TRAINYARD_CHECKPOINT_URI"] == "s3://bucket/demo"
     assert all(isinstance(v, str | dict) for v in said.values())
+
+
+def test_what_the_spec_says_of_checkpoints_reaches_the_library() -> None:
+    """By the names that the library itself reads, and with what it understands."""
+    checkpoint = {
+        "uri": "s3://b/p",
+        "endpoint": "http://minio:9000",
+        "region": "eu-central-1",
+        "interval": {"auto": True},
+        "onException": True,
+        "keep": 5,
+        "keepBest": {"metric": "val/loss", "mode": "max", "count": 2},
+        "resume": 120,
+        "local": {"copies": 1},
+    }
+    said = env(pod(a_run().with_spec(checkpoint=checkpoint, determinism="elastic", virtualRanks=8)))
+    read = CheckpointConfig.from_env({k: v for k, v in said.items() if isinstance(v, str)})
+    assert read == CheckpointConfig(
+        uri="s3://b/p",
+        endpoint="http://minio:9000",
+        region="eu-central-1",
+        auto=True,
+        on_exception=True,
+        keep=5,
+        keep_best=KeepBest(metric="val/loss", mode="max", count=2),
+        resume="120",
+        local=True,
+        copies=1,
+        run=a_run().uid,
+    )
+    assert (said["TRAINYARD_DETERMINISM"], said["TRAINYARD_VIRTUAL_RANKS"]) == ("elastic", "8")
+
+
+def test_what_the_spec_does_not_say_of_checkpoints_is_the_librarys_default() -> None:
+    said = env(pod())
+    read = CheckpointConfig.from_env({k: v for k, v in said.items() if isinstance(v, str)})
+    assert read == CheckpointConfig(uri="s3://bucket/demo", local=True, run=a_run().uid)
+    assert not {name for name in said if name in ("TRAINYARD_DETERMINISM", "TRAINYARD_VIRTUAL_RANKS")}
+    off = a_run().with_spec(checkpoint={"uri": "s3://b/p", "local": {"enabled": False}}, determinism="")
+    assert env(pod(off))["TRAINYARD_CHECKPOINT_LOCAL"] == "0"
+    assert "TRAINYARD_DETERMINISM" not in env(pod(off))
+
+
+@pytest.mark.parametrize(
+    ("local", "volume"),
+    [
+        ({}, {}),
+        ({"medium": ""}, {}),
+        ({"medium": "Memory", "sizeLimit": "8Gi"}, {"medium": "Memory", "sizeLimit": "8Gi"}),
+        ({"enabled": False, "sizeLimit": 1000}, {"sizeLimit": "1000"}),
+    ],
+)
+def test_checkpoints_are_staged_in_a_volume_as_the_spec_says(
+    local: dict[str, Any], volume: dict[str, Any]
+) -> None:
+    body = pod(a_run().with_spec(checkpoint={"uri": "s3://b/p", "local": local}))
+    (runtime,) = [v for v in body["spec"]["volumes"] if v["name"] == "trainyard-runtime"]
+    assert runtime["emptyDir"] == volume
 
 
 def test_credentials_are_named_never_held() -> None:

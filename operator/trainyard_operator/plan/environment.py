@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from typing import Any
 
 from trainyard_api.contract import (
@@ -23,11 +24,26 @@ HOME = "/tmp"  # noqa: S108 - the only writable home of a read-only root
 
 def container_env(run: TrainingRun, index: int, settings: PlanSettings) -> list[dict[str, Any]]:
     """All variables. The user's come first and never replace one of ours, but he may move HOME."""
-    ours = _contract(run, index, settings) + _credentials(run.spec.checkpoint)
+    return _with_users(run.spec, _contract(run, index, settings))
+
+
+def cleanup_env(run: TrainingRun) -> list[dict[str, Any]]:
+    """Of the pod that deletes the checkpoints: how to reach them. The user's variables too, which may hold
+    credentials, a proxy or a CA bundle."""
+    names = {Env.RUN_NAME: run.name, Env.RUN_NAMESPACE: run.namespace, Env.RUN_UID: run.uid}
+    return _with_users(run.spec, _plain({**names, **_store(run.spec.checkpoint)}))
+
+
+def _with_users(spec: Spec, contract: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    ours = contract + _credentials(spec.checkpoint)
     names = {variable["name"] for variable in ours}
-    users = [_user(v) for v in run.spec.env if v.name not in names and not _reserved(v.name)]
+    users = [_user(v) for v in spec.env if v.name not in names and not _reserved(v.name)]
     home = [] if any(v["name"] == "HOME" for v in users) else [{"name": "HOME", "value": HOME}]
     return home + users + ours
+
+
+def _plain(values: Mapping[Env, str]) -> list[dict[str, Any]]:
+    return [{"name": str(name), "value": _literal(value)} for name, value in values.items()]
 
 
 def command(spec: Spec) -> list[str]:
@@ -51,7 +67,9 @@ def _contract(run: TrainingRun, index: int, settings: PlanSettings) -> list[dict
         Env.PRELOAD: ",".join(spec.preload),
         Env.GRACE_SECONDS: str(spec.termination_grace_period_seconds),
         Env.RUNTIME_DIR: RUNTIME_DIR,
-        **_checkpoint(spec.checkpoint),
+        **_store(spec.checkpoint),
+        **_saving(spec.checkpoint),
+        **_determinism(spec),
     }
     fields = {
         Env.POD_NAME: "metadata.name",
@@ -60,18 +78,40 @@ def _contract(run: TrainingRun, index: int, settings: PlanSettings) -> list[dict
     }
     return [
         {"name": str(name), "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in fields.items()
-    ] + [{"name": str(name), "value": _literal(value)} for name, value in plain.items()]
+    ] + _plain(plain)
 
 
-def _checkpoint(spec: CheckpointSpec) -> dict[Env, str]:
+def _store(spec: CheckpointSpec) -> dict[Env, str]:
+    """Where the checkpoints are."""
+    known = {Env.CHECKPOINT_ENDPOINT: spec.endpoint, Env.CHECKPOINT_REGION: spec.region}
+    return {Env.CHECKPOINT_URI: spec.uri} | {
+        name: value for name, value in known.items() if value is not None
+    }
+
+
+def _saving(spec: CheckpointSpec) -> dict[Env, str]:
+    """When they are written, which are kept, and where an attempt starts from."""
+    best = spec.keep_best
     optional = {
-        Env.CHECKPOINT_ENDPOINT: spec.endpoint,
-        Env.CHECKPOINT_REGION: spec.region,
         Env.CHECKPOINT_EVERY_STEPS: spec.interval.steps,
         Env.CHECKPOINT_EVERY_SECONDS: spec.interval.seconds,
+        Env.CHECKPOINT_AUTO: 1 if spec.interval.auto else None,
+        Env.CHECKPOINT_ON_EXCEPTION: 1 if spec.on_exception else None,
+        Env.CHECKPOINT_KEEP_BEST: f"{best.metric}:{best.mode}:{best.count}" if best is not None else None,
     }
-    known = {name: str(value) for name, value in optional.items() if value is not None}
-    return {Env.CHECKPOINT_URI: spec.uri, Env.CHECKPOINT_KEEP: str(spec.keep), **known}
+    always = {
+        Env.CHECKPOINT_KEEP: spec.keep,
+        Env.CHECKPOINT_RESUME: spec.resume,
+        Env.CHECKPOINT_LOCAL: int(spec.local.enabled),
+        Env.CHECKPOINT_COPIES: spec.local.copies,
+    }
+    return {name: str(value) for name, value in (always | optional).items() if value is not None}
+
+
+def _determinism(spec: Spec) -> dict[Env, str]:
+    if not spec.determinism:
+        return {}
+    return {Env.DETERMINISM: spec.determinism, Env.VIRTUAL_RANKS: str(spec.virtual_ranks or "")}
 
 
 def _credentials(spec: CheckpointSpec) -> list[dict[str, Any]]:

@@ -133,7 +133,7 @@ def _own_volumes(spec: Spec) -> list[tuple[str, dict[str, Any], dict[str, Any]]]
             {"projected": {"sources": [{"serviceAccountToken": token}]}},
             {"mountPath": contract.TOKEN_DIR, "readOnly": True},
         ),
-        ("trainyard-runtime", {"emptyDir": {}}, {"mountPath": contract.RUNTIME_DIR}),
+        ("trainyard-runtime", {"emptyDir": _staging(spec)}, {"mountPath": contract.RUNTIME_DIR}),
         ("trainyard-tmp", {"emptyDir": {}}, {"mountPath": TMP_DIR}),
         ("trainyard-shm", {"emptyDir": {"medium": "Memory", "sizeLimit": str(shm)}}, {"mountPath": SHM_DIR}),
     ]
@@ -149,6 +149,13 @@ def _own_volumes(spec: Spec) -> list[tuple[str, dict[str, Any], dict[str, Any]]]
         )
     taken = {v.mount_path.rstrip("/") for v in spec.volumes}
     return [volume for volume in own if volume[2]["mountPath"] not in taken]
+
+
+def _staging(spec: Spec) -> dict[str, Any]:
+    """The volume that checkpoints are staged in, and kept in as the local tier."""
+    local = spec.checkpoint.local
+    limit = local.size_limit
+    return _without_none({"medium": local.medium or None, "sizeLimit": None if limit is None else str(limit)})
 
 
 def _volumes(spec: Spec) -> list[dict[str, Any]]:
