@@ -7,7 +7,7 @@ from fractions import Fraction
 from typing import Any
 
 from trainyard.data.feed import Feed
-from trainyard.data.sampler import Batch
+from trainyard.data.sampler import Batch, rescaled
 
 MODES = ("max_size_cycle", "max_size", "min_size", "sequential")
 _CYCLE = 32
@@ -26,6 +26,7 @@ class CombinedFeed:
         accumulate: int, limit: int | float | None,
     ) -> None:  # fmt: skip
         self.given, self.parts, self.mode, self.accumulate = given, list(parts), mode, accumulate
+        self.origin: int | None = None
         self._rebuild, self._world = rebuild, world
         self._limit = limit
         self._number = 0
@@ -40,6 +41,19 @@ class CombinedFeed:
     @property
     def batches(self) -> int | None:
         return self._left([(0, 0, False)] * len(self.parts), 0)
+
+    @property
+    def steps(self) -> int | None:
+        batches = self.batches
+        return None if batches is None else -(-batches // self._step_batches)
+
+    @property
+    def scale(self) -> Fraction:
+        return Fraction(self._step_batches, self.accumulate)
+
+    @property
+    def _step_batches(self) -> int:
+        return rescaled(self.accumulate, self.origin, self._world)
 
     def batches_from(self, used: int) -> int | None:
         return None if self.batches is None else max(0, self.batches - used // self._world)
@@ -92,7 +106,7 @@ class CombinedFeed:
             if end is not None and number >= end:
                 break
             last = ends or number + 1 == end
-            size = self.accumulate if end is None else min(self.accumulate, end - opened)
+            size = self._step_batches if end is None else min(self._step_batches, end - opened)
             steps = last or number + 1 - opened == size
             self._advance(plans)
             padding = all(plan is None or plan.padding for plan in plans)

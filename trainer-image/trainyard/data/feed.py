@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from fractions import Fraction
 from typing import Any, Protocol
 
 from trainyard.data.sampler import Batch
@@ -20,7 +21,20 @@ class Feed(Protocol):
     given: Any
     """The user's loader, or collection of loaders."""
     accumulate: int
-    """Batches per optimizer step. It may be set between two epochs and counts from the next `iterate` on."""
+    """Batches per optimizer step, for each of `origin` ranks. It may be set between two epochs and counts from the next
+    `iterate` on."""
+    origin: int | None
+    """How many ranks the run began with; None: as many as there are now. As `accumulate`."""
+
+    @property
+    def steps(self) -> int | None:
+        """Optimizer steps per epoch; None if unknown."""
+        ...
+
+    @property
+    def scale(self) -> Fraction:
+        """Batches of a step, for each that it had on `origin` ranks."""
+        ...
 
     @property
     def batches(self) -> int | None:

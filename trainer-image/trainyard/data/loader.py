@@ -5,16 +5,18 @@ from __future__ import annotations
 import dataclasses
 from collections import deque
 from collections.abc import Generator, Iterator
+from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 from trainyard.data.feed import Feed
 from trainyard.data.memory import Memory, pack, unpack
 from trainyard.data.once import warn_once
 from trainyard.data.order import Cursor, Drawn, Order, set_epoch
-from trainyard.data.sampler import Batch, EpochPlan, shifted
+from trainyard.data.sampler import Batch, EpochPlan, rescaled, shifted
+from trainyard.data.virtual import StepCursor, virtual_window
 from trainyard.data.workers import Keyed, SeededDataset, WorkerInit, is_plain, remake
 from trainyard.errors import MisconfigurationException
-from trainyard.reproducibility import derived_seed
+from trainyard.reproducibility import derived_seed, reseed_cpu
 
 if TYPE_CHECKING:
     from torch.utils.data import DataLoader
@@ -31,12 +33,16 @@ class SampledFeed:
 
     def __init__(
         self, loader: DataLoader[Any], plan: EpochPlan, order: Order, *, rank: int, world: int, seed: int,
-        whole: bool = False,
+        whole: bool = False, virtual: range | None = None,
     ) -> None:  # fmt: skip
+        """`virtual`: the virtual ranks of this process; `plan.world` is then the number of all."""
         self.given, self.plan, self.order, self.seed = loader, plan, order, seed
         self._rank = rank if plan.world == world else 0
-        self._scale = world // plan.world
+        self._virtual = virtual
+        self._world = world
+        self._scale = 1 if virtual is not None else world // plan.world
         """Of positions: a rank that is on its own speaks for all of them."""
+        self._accumulate, self._origin = plan.accumulate, plan.origin
         self._whole = whole
         self._dataset, self._collate = loader.dataset, loader.collate_fn
         self._collates = loader.batch_sampler is not None
@@ -71,11 +77,39 @@ class SampledFeed:
 
     @property
     def accumulate(self) -> int:
-        return self.plan.accumulate
+        return self._accumulate
 
     @accumulate.setter
     def accumulate(self, batches: int) -> None:
-        self.plan = dataclasses.replace(self.plan, accumulate=batches)
+        self._accumulate = batches
+        self._replan()
+
+    @property
+    def origin(self) -> int | None:
+        return self._origin
+
+    @origin.setter
+    def origin(self, ranks: int | None) -> None:
+        self._origin = ranks
+        self._replan()
+
+    def _replan(self) -> None:
+        apart = self._scale > 1  # then it plans for a world of one
+        self.plan = dataclasses.replace(
+            self.plan, origin=None if apart else self._origin,
+            accumulate=rescaled(self._accumulate, self._origin, self._world) if apart else self._accumulate,
+        )  # fmt: skip
+
+    @property
+    def steps(self) -> int | None:
+        if self.order.samples is not None:
+            return self.plan.steps
+        batches = self.batches
+        return None if batches is None else -(-batches * self.plan.global_batch // self.plan.step_samples)
+
+    @property
+    def scale(self) -> Fraction:
+        return self.plan.scale
 
     @property
     def batches(self) -> int | None:
@@ -86,11 +120,12 @@ class SampledFeed:
             return self.plan.batches_from(used // self._scale)
         if self.plan.limit is None:
             return None
-        return max(0, int(self.plan.limit) - used // self._scale // self.plan.global_batch)
+        most = int(self.plan.limit) * self.plan.counted
+        return dataclasses.replace(self.plan, samples=most, limit=None).batches_from(used // self._scale)
 
     def position(self, batches: int) -> int:
         most = batches if self.order.samples is None else self.plan.usable
-        return self._scale * min(batches * self.plan.global_batch, most)
+        return self._scale * min(self.plan.used_after(batches), most)
 
     # ---- batches
 
@@ -100,13 +135,15 @@ class SampledFeed:
             warn_once(_APART)
         own = used // self._scale
         set_epoch(self._dataset, epoch)
-        cursor = self.order.open(self.seed, epoch, own)
+        cursor: Cursor = self.order.open(self.seed, epoch, own)
         if own and proof not in (None, cursor.digest):
             warn_once(_OTHER_ORDER.format(type(getattr(self.order, "sampler", None)).__name__))
         self._epoch, self._digest, self._used = epoch, cursor.digest, used > 0
+        if self._virtual is not None:
+            cursor = StepCursor(cursor)
         batches = self._batches(cursor, own)
         read = (
-            self._read(cursor, batches)
+            self._read(cursor, batches, epoch)
             if self._loader is None
             else self._load(self._loader, cursor, batches, epoch, used)
         )
@@ -115,26 +152,31 @@ class SampledFeed:
     def _batches(self, cursor: Cursor, used: int) -> Iterator[Batch]:
         plan = self.plan
         if self.order.samples is not None:
-            yield from plan.iterate(self._rank, used)
+            yield from plan.in_steps(self._window, used)
             return
         # The length shows only at the end: a look at the indices behind the window tells whether it is the last one.
-        end = None if plan.limit is None else int(plan.limit) * plan.global_batch
-        beyond = plan.global_batch if plan.drop_last else 1
+        end = None if plan.limit is None else int(plan.limit) * plan.counted
+        beyond = plan.counted if plan.drop_last else 1
         while end is None or used < end:
-            room = plan.global_batch * plan.accumulate
+            room = plan.step_samples
             room = room if end is None else min(room, end - used)
             found = cursor.ahead(room + beyond)
             size = min(found, room)
-            size -= size % plan.global_batch if plan.drop_last else 0
+            size -= size % plan.counted if plan.drop_last else 0
             if not size:
                 return
             ends = found < room + beyond or used + size == end
-            yield from shifted(plan.window(self._rank, size), used, ends=ends)
+            yield from shifted(self._window(size), used, ends=ends)
             used += size
             if ends:
                 return
 
-    def _read(self, cursor: Cursor, batches: Iterator[Batch]) -> Iterator[tuple[Batch, Any]]:
+    def _window(self, samples: int) -> list[Batch]:
+        if self._virtual is None:
+            return self.plan.window(self._rank, samples)
+        return virtual_window(self.plan, self._virtual, samples)
+
+    def _read(self, cursor: Cursor, batches: Iterator[Batch], epoch: int) -> Iterator[tuple[Batch, Any]]:
         """In this process: what DataLoader does without workers, without its 10 us a batch."""
         dataset, collate, whole, take = self._dataset, self._collate, self._whole, cursor.take
         fetch: Any = getattr(dataset, "__getitems__", None) if self._collates else dataset.__getitem__
@@ -142,6 +184,8 @@ class SampledFeed:
             self._items = items = take(batch)
             self._digest, self._used = cursor.digest, True
             wanted = items[0] if whole else items
+            if batch.virtual is not None:  # as in a worker: what the process did before must not matter
+                reseed_cpu(derived_seed("batch", self.seed, epoch, batch.positions.start))
             if fetch is not None:
                 yield batch, collate(fetch(wanted))
             else:

@@ -10,6 +10,7 @@ from trainyard.data.loader import SampledFeed
 from trainyard.data.once import warn_once
 from trainyard.data.order import Counted, Drawn, Order
 from trainyard.data.sampler import EpochPlan
+from trainyard.data.virtual import block
 from trainyard.data.workers import WorkerInit, is_plain, remake
 from trainyard.errors import MisconfigurationException
 from trainyard.reproducibility import derived_seed
@@ -23,25 +24,28 @@ if TYPE_CHECKING:
 
 def make_feed(
     loader: Any, *, rank: int, world: int, seed: int, accumulate: int = 1, limit: int | float | None = None,
-    resample: bool = True, what: str = "train", in_order: bool = False,
+    resample: bool = True, what: str = "train", in_order: bool = False, virtual: int | None = None,
 ) -> Feed:  # fmt: skip
     """The feed for what a `*_dataloader` hook returned: a loader, a collection of them, or anything to iterate over.
 
     `limit`: batches (int) or a fraction (float). `resample`: use_distributed_sampler. `in_order`: do not shuffle
-    (overfit_batches). Raises MisconfigurationException.
+    (overfit_batches). `virtual`: number of virtual ranks, whose batches do not depend on `world`. Raises
+    MisconfigurationException.
     """
     from torch.utils.data import DataLoader
 
     if isinstance(limit, float) and limit == 1.0:
         limit = None
     options: dict[str, Any] = {
-        "rank": rank, "world": world, "resample": resample, "what": what, "in_order": in_order,
+        "rank": rank, "world": world, "resample": resample, "what": what, "in_order": in_order, "virtual": virtual,
     }  # fmt: skip
     if isinstance(loader, CombinedLoader | dict | list | tuple):
         combined = loader if isinstance(loader, CombinedLoader) else CombinedLoader(loader, "max_size_cycle")
         return _combined(loader, combined, seed=seed, accumulate=accumulate, limit=limit, **options)
     if isinstance(loader, DataLoader) and not _is_iterable(loader) and (resample or is_plain(loader)):
         return _sampled(loader, seed=seed, accumulate=accumulate, limit=limit, **options)
+    if virtual:
+        raise MisconfigurationException(_NOT_DIVISIBLE.format(what, type(loader).__name__))
     return _stream(loader, rank=rank, world=world, seed=seed, accumulate=accumulate, limit=limit, what=what)
 
 
@@ -68,6 +72,8 @@ def _combined(
         return parts[0]
     if alone:
         return _Shaped(given, parts[0], combined)
+    if options["virtual"]:
+        raise MisconfigurationException(_SEVERAL.format(options["what"]))
     return CombinedFeed(
         given, parts, combined.mode, lambda data: rebuild(combined.iterables, data), world=world,
         accumulate=accumulate, limit=None if combined.mode == "sequential" else limit,
@@ -92,6 +98,14 @@ class _Shaped:
     def accumulate(self, batches: int) -> None:
         self._part.accumulate = batches
 
+    @property
+    def origin(self) -> int | None:
+        return self._part.origin
+
+    @origin.setter
+    def origin(self, ranks: int | None) -> None:
+        self._part.origin = ranks
+
     def iterate(self, epoch: int, used: int) -> Any:
         for plan, data in self._part.iterate(epoch, used):
             yield plan, rebuild(self._shape, [data])
@@ -102,7 +116,7 @@ class _Shaped:
 
 def _sampled(
     loader: DataLoader[Any], *, rank: int, world: int, seed: int, accumulate: int, limit: int | float | None,
-    resample: bool, what: str, in_order: bool,
+    resample: bool, what: str, in_order: bool, virtual: int | None,
 ) -> SampledFeed:  # fmt: skip
     from torch.utils.data import SequentialSampler
 
@@ -112,6 +126,8 @@ def _sampled(
         warn_once(f"overfit_batches: the {what} DataLoader is read in order, not shuffled")
         followed = SequentialSampler(loader.dataset)  # type: ignore[arg-type]
     order, apart = _order(loader, followed, rank, world)
+    if virtual and (apart or not resample):
+        raise MisconfigurationException(_DIVIDED.format(what))
     apart = (apart or not resample) and world > 1
     if what != "train" and not in_order and _shuffles(followed):
         warn_once(
@@ -121,9 +137,11 @@ def _sampled(
         raise MisconfigurationException(_FRACTION.format(what, limit))
     plan = EpochPlan(
         samples=order.samples or 0, batch_size=loader.batch_size or 1 if batched else 1,
-        world=1 if apart else world, accumulate=accumulate, drop_last=batched and loader.drop_last, limit=limit,
+        world=virtual or (1 if apart else world), accumulate=accumulate, drop_last=batched and loader.drop_last,
+        limit=limit,
     )  # fmt: skip
-    return SampledFeed(loader, plan, order, rank=rank, world=world, seed=seed, whole=not batched)
+    own = block(rank, world, virtual) if virtual else None
+    return SampledFeed(loader, plan, order, rank=rank, world=world, seed=seed, whole=not batched, virtual=own)
 
 
 def _order(loader: DataLoader[Any], followed: Any, rank: int, world: int) -> tuple[Order, bool]:
@@ -240,3 +258,12 @@ def _length(loader: Any) -> int | None:
 
 
 _FRACTION = "limit_{}_batches={}: a fraction of a loader without a length is not known; limit it by a number of batches"
+_NOT_DIVISIBLE = (
+    "deterministic='elastic': the {} data is a {} that only can be iterated, so nobody can say which of its samples belong "
+    "to which virtual rank; give a DataLoader over a dataset with __len__ and __getitem__"
+)
+_SEVERAL = "deterministic='elastic': the {} data is a collection of several loaders; make one dataset and one DataLoader of them"
+_DIVIDED = (
+    "deterministic='elastic': the {} data divides itself among the processes (a sampler with a rank of its own, or "
+    "use_distributed_sampler=False), so its batches depend on their number; leave that to the Trainer"
+)

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 from trainyard.data.memory import Memory
 from trainyard.data.once import warn_once
 from trainyard.data.reader import DATA, END, Item, Place, Reader
-from trainyard.data.sampler import Batch
+from trainyard.data.sampler import Batch, rescaled
 from trainyard.reproducibility import OwnDraws, derived_seed, isolate_rng
 
 if TYPE_CHECKING:
@@ -30,6 +30,7 @@ class StreamFeed:
         exact: bool, limit: int | None, world: int, accumulate: int, repeats: bool,
     ) -> None:  # fmt: skip
         self.given, self.accumulate = given, accumulate
+        self.origin: int | None = None
         self._reader, self._loader, self._workers = reader, loader, workers
         self._world = world
         counts = [count for count in (length, limit) if count is not None]
@@ -49,6 +50,18 @@ class StreamFeed:
         self._after: list[dict[str, Any]] = []
         """What the workers' datasets remembered before and after the epoch."""
         self._loaded: tuple[dict[str, Any], bool] | None = None
+
+    @property
+    def steps(self) -> int | None:
+        return None if self.batches is None else -(-self.batches // self._step_batches)
+
+    @property
+    def scale(self) -> Fraction:
+        return Fraction(self._step_batches, self.accumulate)
+
+    @property
+    def _step_batches(self) -> int:
+        return rescaled(self.accumulate, self.origin, self._world)
 
     def batches_from(self, used: int) -> int | None:
         return None if self.batches is None else max(0, self.batches - used // self._world)
@@ -83,7 +96,7 @@ class StreamFeed:
         for _ in range(drop):
             if (dropped := next(items, None)) is not None:
                 self._take(dropped)
-        opened, world, window = number, self._world, self.accumulate
+        opened, world, window = number, self._world, self._step_batches
         item = next(items, None) if self._end is None or number < self._end else None
         closes = self._exact and self._end == self._length
         while item is not None:
