@@ -3,58 +3,62 @@
 from __future__ import annotations
 
 import logging
-import threading
+import math
 import time
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 from trainyard.checkpoint.client import Uploads, open_uploads
 from trainyard.checkpoint.config import CheckpointConfig
+from trainyard.checkpoint.deadline import Deadline
 from trainyard.checkpoint.errors import CheckpointError, CommitFailed, StoreConfigError
+from trainyard.checkpoint.loading import Layout
 from trainyard.checkpoint.messages import Outcome, Staged
-from trainyard.checkpoint.resume import Loaded, resume
-from trainyard.checkpoint.snapshot import freeze
-from trainyard.checkpoint.staging import StagingFolder, write_shard
+from trainyard.checkpoint.payload import Payload
+from trainyard.checkpoint.resume import Loaded, Opened, Resumption
+from trainyard.checkpoint.saving import save_shard
+from trainyard.checkpoint.staging import StagingFolder
 from trainyard.checkpoint.stores import Store, open_store
-from trainyard.checkpoint.triggers import StepTrigger, TimeTrigger
+from trainyard.checkpoint.triggers import Triggers
 from trainyard.peers import Peers
 from trainyard_api.checkpoints import Cursor, Fenced, Record
 from trainyard_api.contract import ExitCode
 
 log = logging.getLogger("trainyard.checkpoint")
 
-Payload = Callable[[], Mapping[str, Any]]
+MakePayload = Callable[[], Payload]
 """Builds what this rank saves; called in the training thread."""
 
 _FLUSH_SECONDS = 5.0
 """What a restarted worker grants to the saves of the one that died: shorter than the steps they stand for."""
 _FINAL_SECONDS = 900.0
 _FINAL_TRIES = 3
-_STAGE_SECONDS = 10.0
 
 
 class Checkpointer:
-    """One per process. All ranks call the same methods at the same steps."""
+    """One per process. All ranks call the same methods at the same steps, but for `emergency` and `close`."""
 
     def __init__(self, config: CheckpointConfig, peers: Peers, versions: Mapping[str, str]) -> None:
-        self._config = config
+        self.config = config
         self._peers = peers
         self._versions = dict(versions)
         self._run = config.run_id
         self._store: Store | None = None
         self._uploads: Uploads | None = None
-        self._staging = StagingFolder()
-        self._writer: threading.Thread | None = None
+        self._staging = StagingFolder(target=_folder_of(config))
+        self._resumption: Resumption | None = None
         self._attempt = 0
         self._parent = 0
         self._committed_step = -1
         self._changed = False
-        self._steps = StepTrigger(config.every_n_steps) if config.every_n_steps else None
-        self._time: TimeTrigger | None = None
+        self.triggers = Triggers(config, peers)
+        self.deadline = Deadline()
         self.skipped = 0
         """Saves that were left out because the one before was still on its way."""
         self.stall_seconds = 0.0
         """Time that training stood still for copies, in all."""
+        self._stall = 0.0
 
     @property
     def attempt(self) -> int:
@@ -69,63 +73,79 @@ class Checkpointer:
         """What was resumed from has become more without a step: `finish` is to commit this step once more."""
         self._changed = True
 
-    def resume(self) -> Loaded:
-        """Collective. What it raises ends the process: see `resume.resume`."""
-        self._store = open_store(self._config)
-        self._uploads = open_uploads(self._config, self._store, self._staging.path)
+    # ---- the start
+
+    def open(self) -> Opened | None:
+        """Collective. What the attempt goes on from, without its tensors; None: the beginning. What it raises ends the
+        process: see `resume.Resumption`."""
+        self._store = open_store(self.config)
+        self._uploads = open_uploads(self.config, self._store, self._staging.path)
         if self._peers.rank == 0:
             self._uploads.flush(_FLUSH_SECONDS)
-        loaded = resume(self._store, self._run, self._config.attempt, self._peers, self._staging.path)
-        self._attempt = loaded.attempt
-        if loaded.record is not None:
-            self._parent, self._committed_step = loaded.record.seq, loaded.record.step
-            if self._steps is not None:
-                self._steps.seen = loaded.record.step
-        if self._config.every_n_seconds is not None:
-            self._time = TimeTrigger(
-                self._config.every_n_seconds, leader=self._peers.rank == 0,
-                broadcast=lambda verdict: tuple(self._peers.broadcast(verdict)),
-            )  # fmt: skip
+        self._resumption = Resumption(self._store, self.config, self._peers, self._staging.path)
+        opened = self._resumption.open()
+        if opened is None:
+            self._started(None)
+        return opened
+
+    def load(self, layout: Layout) -> Loaded | None:
+        """Collective, after `open` found something: its tensors. None: the beginning."""
+        if self._resumption is None:
+            raise RuntimeError("open() comes first")
+        loaded = self._resumption.load(layout)
+        self._started(loaded)
         return loaded
 
-    def due(self, step: int, *, epoch_end: bool) -> bool:
-        """Whether to save now; to be asked once after every optimizer step. Raises Fenced."""
-        self._look()
-        if self._steps is None and self._time is None:
-            return epoch_end
-        by_step = self._steps is not None and self._steps.due(step)
-        by_time = self._time is not None and self._time.due(step)
-        return by_step or by_time
+    def _started(self, loaded: Loaded | None) -> None:
+        resumption = self._resumption
+        assert resumption is not None  # noqa: S101 - set by open()
+        self._attempt = resumption.attempt
+        step = 0
+        if loaded is not None:
+            self._parent, step = loaded.record.seq, loaded.record.step
+            self._committed_step = step
+        resumption.tier.announce()
+        self.triggers.resumed(step, resumption.log_records)
 
-    def save(self, step: int, cursor: Cursor, payload: Payload) -> bool:
-        """Collective: copy, and let a thread write and upload. False when the save before is still on its way."""
+    # ---- on the way
+
+    def due(self, step: int, *, epoch_end: bool) -> str:
+        """Why to save now; empty: not now. To be asked once after every optimizer step. Raises Fenced."""
+        self._look()
+        return self.triggers.due(step, epoch_end=epoch_end)
+
+    def save(
+        self, step: int, cursor: Cursor, payload: MakePayload, *, reason: str = "", metrics: Mapping[str, float] | None = None
+    ) -> bool:  # fmt: skip
+        """Collective: copy, and leave the rest to the uploader. False when the save before is still on its way."""
         uploads = self._up()
-        if self._peers.any(uploads.busy or self._writing()):
+        if self._peers.any(uploads.busy):
             self.skipped += 1
             if self._peers.rank == 0:
                 log.info("step %d is not saved: the save before is still on its way", step)
             return False
         self._look()
         begin = time.monotonic()
-        frozen = freeze(dict(payload()))
+        try:
+            self._stage(step, cursor, payload(), reason, metrics)
+        finally:
+            self._stall = time.monotonic() - begin
+            self.stall_seconds += self._stall
         self._changed = False
-        self.stall_seconds += time.monotonic() - begin
-        self._writer = threading.Thread(
-            target=self._stage, args=(uploads, frozen, step, cursor), name=f"stage-{step}", daemon=True
-        )
-        self._writer.start()
-        if self._time is not None:
-            self._time.saved()
+        self.triggers.saved(self._stall)
         return True
 
-    def finish(self, step: int, cursor: Cursor, payload: Payload) -> None:
+    def finish(
+        self, step: int, cursor: Cursor, payload: MakePayload, *, reason: str = "end",
+        metrics: Mapping[str, float] | None = None,
+    ) -> None:  # fmt: skip
         """Collective: return when the commit of `step` is acknowledged. Raises CommitFailed, StoreConfigError, Fenced."""
         failure: dict[str, Any] | None = None
         for _ in range(_FINAL_TRIES):
             self._await_commit()
             if self._peers.broadcast(self._committed_step == step and not self._changed):
                 return
-            if not self.save(step, cursor, payload):
+            if not self.save(step, cursor, payload, reason=reason, metrics=metrics):
                 continue
             failure = self._await_commit()
             if self._peers.broadcast(self._committed_step == step and not self._changed):
@@ -139,26 +159,67 @@ class Checkpointer:
             f"{failure['reason'] if failure else 'no reason known'}"
         )
 
+    def emergency(
+        self, step: int, cursor: Cursor, payload: MakePayload, *, reason: str, seconds: float,
+        metrics: Mapping[str, float] | None = None,
+    ) -> bool:  # fmt: skip
+        """Not collective: stage this rank's shard of `step` and wait up to `seconds` for the commit, of which only rank 0
+        hears; the others return when theirs is uploaded. Whether that happened. Raises nothing that is about the store."""
+        uploads = self._uploads
+        if uploads is None:
+            return False
+        end = time.monotonic() + seconds
+        if uploads.busy:
+            self._note(uploads.take(seconds), final=True)
+        if uploads.busy or self._committed_step == step:
+            return self._committed_step == step
+        try:
+            self._stage(step, cursor, payload(), reason, metrics)
+        except (OSError, CheckpointError) as error:
+            log.warning("step %d could not be saved: %s", step, error)
+            return False
+        outcome = self._note(uploads.take(max(0.0, end - time.monotonic())), final=True)
+        return outcome is not None and outcome.op in ("committed", "uploaded")
+
     def close(self, *, failed: bool) -> None:
         """Not collective. After a failure, what is staged is still committed if that takes no more than seconds."""
         if self._uploads is not None:
-            if failed and self._writer is not None:
-                self._writer.join(_STAGE_SECONDS)
             self._uploads.close()
         self._staging.close()
 
+    # ---- in between
+
     def _up(self) -> Uploads:
         if self._uploads is None:
-            raise RuntimeError("resume() comes first")
+            raise RuntimeError("open() comes first")
         return self._uploads
 
-    def _writing(self) -> bool:
-        return self._writer is not None and self._writer.is_alive()
+    def _stage(
+        self, step: int, cursor: Cursor, payload: Payload, reason: str, metrics: Mapping[str, float] | None
+    ) -> None:
+        """Raises CheckpointConfigError. A full disk only costs this save."""
+        peers, uploads = self._peers, self._up()
+        names: dict[str, Any] = {
+            "attempt": self._attempt, "step": step, "rank": peers.rank, "world": peers.world,
+        }  # fmt: skip
+        begin = time.monotonic()
+        try:
+            file = save_shard(payload, self._staging, **names)
+        except OSError as error:
+            uploads.abandon(Staged(**names, path="", size=0), f"staging failed: {error}")
+            return
+        head = None
+        if peers.rank == 0:
+            head = Record(
+                kind="commit", seq=0, run=self._run, attempt=self._attempt, step=step, time=time.time(), cursor=cursor,
+                parent=self._parent, versions=self._versions, world_size=peers.world, reason=reason,
+                metrics={k: v for k, v in (metrics or {}).items() if math.isfinite(v)},
+                stall_seconds=round(time.monotonic() - begin, 6),
+            )  # fmt: skip
+        uploads.submit(Staged(**names, path=str(file.path), size=file.size, record=head))
 
     def _await_commit(self) -> dict[str, Any] | None:
         """Collective: see the save in flight through; what rank 0 heard if it failed."""
-        if self._writer is not None:
-            self._writer.join(_FINAL_SECONDS)
         uploads = self._up()
         outcome = self._note(uploads.take(_FINAL_SECONDS if uploads.busy else 0.0), final=True)
         told: dict[str, Any] | None = None
@@ -183,25 +244,12 @@ class Checkpointer:
             if outcome.code == int(ExitCode.FENCED) and not final:
                 raise Fenced(outcome.reason)
             log.warning("the checkpoint of step %d was not committed: %s", outcome.step, outcome.reason)
+        if outcome.op != "dropped":
+            self.triggers.committed(outcome.seconds)
+            self.deadline.saw(self._stall, outcome.seconds, outcome.size)
         return outcome
 
-    def _stage(self, uploads: Uploads, frozen: dict[str, Any], step: int, cursor: Cursor) -> None:
-        """In the writer's thread."""
-        peers, head = self._peers, None
-        if peers.rank == 0:
-            head = Record(
-                kind="commit", seq=0, run=self._run, attempt=self._attempt, step=step, time=time.time(), cursor=cursor,
-                parent=self._parent, versions=self._versions, world_size=peers.world,
-            )  # fmt: skip
-        names: dict[str, Any] = {
-            "attempt": self._attempt,
-            "step": step,
-            "rank": peers.rank,
-            "world": peers.world,
-        }
-        try:
-            file = write_shard(frozen, self._staging.path, **names)
-        except (OSError, RuntimeError, CheckpointError) as error:
-            uploads.abandon(Staged(**names, path="", size=0, sha256=""), f"staging failed: {error}")
-            return
-        uploads.submit(Staged(**names, path=str(file.path), size=file.size, sha256=file.sha256, record=head))
+
+def _folder_of(config: CheckpointConfig) -> Path | None:
+    """Of a directory: what is staged on its own file system need not be copied."""
+    return Path(config.uri.removeprefix("file://")) if config.uri.startswith("file:///") else None

@@ -1,18 +1,13 @@
-"""Copies of state that training cannot change any more, of nothing but tensors and primitives.
-
-What is loaded here was written here: `torch.load(weights_only=True)`, and there is no other way in. Loading needs
-torch >= 2.10 (CVE-2026-24747).
-"""
+"""What a checkpoint holds, and whether it fits what it is loaded into."""
 
 from __future__ import annotations
 
 import logging
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from trainyard.checkpoint.errors import CheckpointConfigError, CheckpointMismatch, ShardInvalid
+from trainyard.checkpoint.errors import CheckpointMismatch
 
 if TYPE_CHECKING:
     import torch
@@ -21,46 +16,6 @@ log = logging.getLogger("trainyard.checkpoint")
 
 _PRIMITIVES = (bool, int, float, complex, str, bytes, type(None))
 _SHOWN = 3
-
-
-def freeze(value: Any, path: str = "checkpoint") -> Any:
-    """A deep copy on the CPU. Raises CheckpointConfigError that names what cannot be saved."""
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        # .to() first: a device tensor is copied once, not twice.
-        copy = value.detach().to("cpu")
-        return copy.clone() if copy.data_ptr() == value.data_ptr() else copy
-    if isinstance(value, _PRIMITIVES) and type(value).__module__ == "builtins":
-        return value
-    if isinstance(value, OrderedDict | Counter) or type(value) is dict:
-        items = {freeze(k, path): freeze(v, f"{path}.{k}") for k, v in value.items()}
-        return Counter(items) if isinstance(value, Counter) else items
-    if type(value) in (list, tuple, set):
-        return type(value)(freeze(v, f"{path}[{i}]") for i, v in enumerate(value))
-    if type(value).__module__ == "numpy" and hasattr(value, "item") and getattr(value, "ndim", 1) == 0:
-        return value.item()
-    raise CheckpointConfigError(
-        f"{path}: a {type(value).__module__}.{type(value).__qualname__} cannot be in a checkpoint, which holds tensors "
-        "and primitives only; save a tensor, a number, a string, or a list or dict of those"
-    )
-
-
-def load_file(path: Path, key: str) -> dict[str, Any]:
-    """The payload of a shard. Raises ShardInvalid for anything but tensors and primitives; runs nothing of it."""
-    import torch
-
-    try:
-        payload = torch.load(path, map_location="cpu", weights_only=True)
-    except (
-        Exception
-    ) as error:  # the unpickler's errors have no common type: UnpicklingError, RuntimeError, EOFError, ...
-        raise ShardInvalid(
-            f"{key}: refused by torch.load(weights_only=True): {_first_line(error)}"
-        ) from error
-    if not isinstance(payload, dict):
-        raise ShardInvalid(f"{key}: holds a {type(payload).__name__}, not a dict")
-    return payload
 
 
 def foreign(value: Any, path: str = "checkpoint") -> dict[str, str]:

@@ -36,13 +36,10 @@ def checkpoint_of_run(
         config = CheckpointConfig(uri=folder, run=name, endpoint=endpoint or _endpoint(), region=region)
     except ValueError as error:
         raise ExportError(f"{run!r} is not where a run saves, s3://bucket/prefix/<uid>: {error}") from error
-    with tempfile.TemporaryDirectory(prefix="trainyard-") as scratch:
-        record, payload, passed_over = newest(
-            open_store(config), config.run_id, Path(scratch), int(commit[1]) if commit else None
-        )
+    record, state, passed_over = newest(open_store(config), config.run_id, int(commit[1]) if commit else None)
     for reason in passed_over:
         _log.warning("a newer checkpoint was passed over: %s", reason)
-    ckpt_file.write(payload["checkpoint"], path)
+    ckpt_file.write(state.main, path)
     return record.step
 
 

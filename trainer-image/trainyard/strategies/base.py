@@ -39,6 +39,8 @@ class Strategy(StrategyFacade):
     """Whether `backward` is the module's, which is `loss.backward()` unless that is overridden."""
     failed: bool = False
     """Set by the Trainer: then nobody waits for the other ranks any more."""
+    replicates_parameters: bool = False
+    """Whether all processes hold all parameters, bit for bit alike."""
     has_engine: bool = False
     """Whether an engine behind it keeps weights and optimizer states in a form of its own (deepspeed): only `model_state`
     and `optimizer_state` show them."""
@@ -169,3 +171,21 @@ class Strategy(StrategyFacade):
     ) -> None:
         """The inverse. Every rank has `state`."""
         optimizer.load_state_dict(state)
+
+    # ---- state as it lies, for checkpoints that each rank writes its part of. Not collective, but where a strategy can
+    # only do it by gathering. What is loaded may have DTensors, too: `load_model_state`, `load_optimizer_state`.
+
+    gathers_state: bool = False
+    """Whether the two below gather on rank 0: then no rank can save by itself."""
+
+    def own_model_state(self, module: LightningModule) -> dict[str, Any]:
+        """As `model_state`, of what this rank has: sharded tensors are DTensors."""
+        return self.model_state(module)
+
+    def own_optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+        """As `optimizer_state`, of what this rank has: sharded tensors are DTensors."""
+        return self.optimizer_state(module, optimizer)
+
+    def sharded_parameters(self, module: LightningModule) -> dict[str, torch.Tensor]:
+        """The DTensors among `module.state_dict()`, after `setup`."""
+        return {}

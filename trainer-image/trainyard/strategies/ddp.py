@@ -47,6 +47,8 @@ class DDPStrategy(ParallelStrategy):
         ours, theirs = _split(kwargs)
         super().__init__(**ours)
         self._hook, self._hook_state, self._hook_wrapper = ddp_comm_hook, ddp_comm_state, ddp_comm_wrapper
+        # A hook may reduce among some of the ranks only (local SGD).
+        self.replicates_parameters = ddp_comm_hook is None
         self._kwargs = {
             "find_unused_parameters": find_unused_parameters, "static_graph": static_graph,
             "gradient_as_bucket_view": gradient_as_bucket_view, **theirs,

@@ -58,6 +58,7 @@ class DeepSpeedStrategy(ParallelStrategy):
     plain_backward = False
     allows_inference_mode = False
     has_engine = True
+    gathers_state = True
 
     def __init__(
         self, *, accelerator: Accelerator | None = None, zero_optimization: bool = True, stage: int = 2,

@@ -8,6 +8,7 @@ from trainyard.strategies.base import Step
 from trainyard.strategies.parallel import ParallelStrategy
 
 if TYPE_CHECKING:
+    import torch
     from torch.distributed.device_mesh import DeviceMesh
     from torch.optim import Optimizer
 
@@ -103,6 +104,17 @@ class ShardedStrategy(ParallelStrategy):
         from trainyard.strategies.sharded_state import load_whole_model
 
         load_whole_model(module, state, strict=strict)
+
+    def own_model_state(self, module: LightningModule) -> dict[str, Any]:
+        return dict(module.state_dict())
+
+    def own_optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
+        return optimizer.state_dict()
+
+    def sharded_parameters(self, module: LightningModule) -> dict[str, torch.Tensor]:
+        from torch.distributed.tensor import DTensor
+
+        return {name: value for name, value in module.state_dict().items() if isinstance(value, DTensor)}
 
     def optimizer_state(self, module: LightningModule, optimizer: Optimizer) -> dict[str, Any]:
         from trainyard.strategies.sharded_state import whole_optimizer

@@ -31,6 +31,7 @@ class _XLA(Strategy):
     allows_inference_mode = False
     """Tensors that were recorded in inference mode cannot be synchronised outside of it."""
     plain_backward = False
+    gathers_state = True
 
     def __init__(self, *args: Any, debug: bool = False, **kwargs: Any) -> None:
         super().__init__(*args, **kwargs)

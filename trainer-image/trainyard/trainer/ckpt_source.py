@@ -41,12 +41,8 @@ class Source:
 
 def from_engine(loaded: Loaded, world: int) -> Source:
     """What the checkpoint engine found."""
-    record = loaded.record
-    same = record is not None and record.world_size == world
-    return Source(
-        checkpoint=loaded.main["checkpoint"], rank=loaded.own.get("rank") if same else None,
-        first=loaded.main["rank"], uri=loaded.uri,
-    )  # fmt: skip
+    same, state = loaded.record.world_size == world, loaded.state
+    return Source(checkpoint=state.main, rank=state.own if same else None, first=state.first, uri=loaded.uri)
 
 
 def from_file(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool | None = None) -> Source:

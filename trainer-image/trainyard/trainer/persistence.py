@@ -15,6 +15,7 @@ import os
 from collections.abc import Mapping
 from typing import TYPE_CHECKING, Any
 
+from trainyard.checkpoint.payload import Payload
 from trainyard.checkpoint.snapshot import foreign
 from trainyard.core.portable import OWN
 from trainyard.data.once import warn_once
@@ -24,6 +25,7 @@ from trainyard.reproducibility import rng_state, set_rng_state
 from trainyard.trainer import ckpt_file, ckpt_layout
 from trainyard.trainer.ckpt_layout import FORMAT, LAST_LOGGED, SCALER
 from trainyard.trainer.ckpt_source import raise_together
+from trainyard.trainer.sharding import optimizer_names, replicated
 
 if TYPE_CHECKING:
     from trainyard.trainer.trainer import Trainer
@@ -33,19 +35,23 @@ _log = logging.getLogger("trainyard")
 # ---- out
 
 
-def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
+def dump(trainer: Trainer, weights_only: bool = False, *, whole: bool = True) -> dict[str, Any]:
     """Collective: the checkpoint without what only ranks know. Whole on rank 0; the others' must not be used.
+
+    Not `whole`: sharded tensors are DTensors, and each rank's are of use.
 
     The hooks run on all ranks, because they may hold collectives, and leave the generators as they were.
     """
     rng = rng_state()
-    module, datamodule = trainer.lightning_module, trainer.datamodule
+    module, datamodule, strategy = trainer.lightning_module, trainer.datamodule, trainer.strategy
+    model_state = strategy.model_state if whole else strategy.own_model_state
+    optimizer_state = strategy.optimizer_state if whole else strategy.own_optimizer_state
     state, plateau = resume_state(trainer)
     checkpoint: dict[str, Any] = {
         "epoch": trainer.current_epoch,
         "global_step": trainer.global_step,
         "pytorch-lightning_version": ckpt_layout.LAYOUT_VERSION,
-        "state_dict": trainer.strategy.model_state(module),
+        "state_dict": model_state(module),
         "loops": ckpt_layout.loops(_for_lightning(trainer, state), automatic=module.automatic_optimization),
         OWN: {
             "format": FORMAT,
@@ -58,8 +64,9 @@ def dump(trainer: Trainer, weights_only: bool = False) -> dict[str, Any]:
     if not weights_only:
         checkpoint["callbacks"] = {c.state_key: s for c in trainer.callbacks if (s := c.state_dict())}
         checkpoint["optimizer_states"] = [
-            trainer.strategy.optimizer_state(module, optimizer) for optimizer in trainer.optimizers
+            optimizer_state(module, optimizer) for optimizer in trainer.optimizers
         ]
+        checkpoint[OWN]["optimizer_names"] = optimizer_names(trainer)
         checkpoint["lr_schedulers"] = [c.scheduler.state_dict() for c in trainer.lr_scheduler_configs]
         if precision := trainer.precision_plugin.state_dict():
             checkpoint[SCALER] = precision
@@ -126,13 +133,18 @@ def _all_batches_used(trainer: Trainer, state: LoopState) -> bool:
     return trainer.is_last_batch or (batches is not None and state.batches >= batches)
 
 
-def payload(trainer: Trainer) -> dict[str, Any]:
-    """Collective: this rank's shard for the engine."""
-    checkpoint = dump(trainer)
+def payload(trainer: Trainer) -> Payload:
+    """This rank's part for the engine. Collective where a hook of the user's or a strategy's gathering is."""
+    checkpoint = dump(trainer, whole=False)
+    return Payload(checkpoint=checkpoint, own=of_rank(trainer), replicated=replicated(trainer, checkpoint))
+
+
+def scalars(trainer: Trainer) -> dict[str, float]:
+    """What was logged last, for the commit record: what retention chooses the best by."""
     return {
-        "format": FORMAT,
-        "checkpoint": checkpoint if trainer.is_global_zero else {},
-        "rank": of_rank(trainer),
+        name: float(value)
+        for name, value in trainer.callback_metrics.items()
+        if getattr(value, "numel", lambda: 1)() == 1
     }
 
 

@@ -14,8 +14,8 @@ import torch
 
 from trainyard.accelerators import make_accelerator
 from trainyard.checkpoint.config import CheckpointConfig
-from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
+from trainyard.core.portable import OWN
 from trainyard.data.connect import eval_feeds, prepare_data, train_feed
 from trainyard.environment import Place
 from trainyard.errors import MisconfigurationException
@@ -38,11 +38,11 @@ from trainyard.strategies import equip, launchers, make_strategy
 from trainyard.trainer import arguments, defaults
 from trainyard.trainer.announce import announce
 from trainyard.trainer.ckpt_access import CheckpointFiles
-from trainyard.trainer.ckpt_source import from_engine
 from trainyard.trainer.facade import TrainerFacade
-from trainyard.trainer.persistence import payload
+from trainyard.trainer.persistence import payload, scalars
 from trainyard.trainer.progress import Progress, agent_client
 from trainyard.trainer.restoring import restore_module, restore_optimizers, restore_rank
+from trainyard.trainer.sharding import layout
 from trainyard.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainyard_api.checkpoints import Fenced
 
@@ -50,7 +50,8 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainyard.callbacks.base import Callback
-    from trainyard.checkpoint.resume import Loaded
+    from trainyard.checkpoint.engine import Checkpointer
+    from trainyard.checkpoint.resume import Loaded, Opened
     from trainyard.core.datamodule import LightningDataModule
     from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
@@ -316,7 +317,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.hooks = HookCaller(self)
         defaults.attach_module_callbacks(self)
 
-    def _start(self, *, loading: bool = False, resumed: Loaded | None = None) -> None:
+    def _start(self, *, loading: bool = False, resumed: Opened | None = None) -> None:
         """Agree on the loggers' runs, prepare data, call setup, make the model."""
         self._take_up_loggers(resumed)
         module, datamodule, stage = self.lightning_module, self.datamodule, str(self.state.fn)
@@ -353,8 +354,9 @@ class Trainer(CheckpointFiles, TrainerFacade):
         )  # before setup: a ModelCheckpoint asks there for the folder of the loggers' run
         self._start(resumed=resumed)
         self.loop_state = LoopState(seed=self.strategy.peers.broadcast(global_seed()))
-        loaded = resumed or self.open_checkpoint()
+        source = None if resumed else self.open_checkpoint()
         self.strategy.setup(module, training=True)
+        loaded = self._load(resumed) if resumed else source
         if loaded is not None:
             restore_module(self, loaded)
         self.metrics.each_logger(lambda logger: logger.resume(self.loop_state.stepped))
@@ -374,39 +376,54 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.hooks("on_fit_end")
         self._end()
 
-    def _take_up_loggers(self, resumed: Loaded | None) -> None:
+    def _take_up_loggers(self, resumed: Opened | None) -> None:
         """A logger that cannot say which run it logs to is left out."""
-        own = None if resumed is None else from_engine(resumed, self.world_size).own
+        own = None if resumed is None else resumed.main.get(OWN)
         kept = begin(self.loggers, self.strategy.peers, saved=(own or {}).get("loggers", []))
         self.metrics.loggers = kept if self.is_global_zero else []
 
-    def _resume(self) -> Loaded | None:
+    def _resume(self) -> Opened | None:
         """Where to go on from; None for a fresh start."""
         if self._checkpoint_config is None:
             self.progress.resumed(step=0, uri="", fell_back="")
             return None
+        from trainyard.checkpoint.engine import Checkpointer
+
         versions = {"torch": str(torch.__version__), "trainyard": _version()}
         self.checkpointer = Checkpointer(self._checkpoint_config, self.strategy.peers, versions)
-        loaded = self.checkpointer.resume()
-        if loaded.record is None:
+        opened = self.checkpointer.open()
+        if opened is None:
+            self.progress.resumed(step=0, uri="", fell_back="")
+        return opened
+
+    def _load(self, opened: Opened) -> Loaded | None:
+        """The tensors of what was opened, or of what it turns out to be instead."""
+        assert self.checkpointer is not None  # noqa: S101 - it has opened
+        loaded = self.checkpointer.load(layout(self))
+        if loaded is None:
             self.progress.resumed(step=0, uri="", fell_back="")
             return None
         self.progress.resumed(step=loaded.record.step, uri=loaded.uri, fell_back=loaded.fell_back)
         self.print(f"resumed at step {loaded.record.step} from {loaded.uri}", flush=True)
         return loaded
 
-    def save_checkpoint_now(self) -> bool:
-        """Collective: start a save of the present state; False if there is nowhere to, or the last one is on its way."""
+    def save_checkpoint_now(self, reason: str = "") -> bool:
+        """Collective: start a save of the present state; False if there is nowhere to, or the last one is on its way.
+        `reason`: see `Record.reason`."""
         if self.checkpointer is None:
             return False
         state = self.loop_state
-        return self.checkpointer.save(state.step, state.cursor, lambda: payload(self))
+        return self.checkpointer.save(
+            state.step, state.cursor, lambda: payload(self), reason=reason, metrics=scalars(self)
+        )
 
-    def finish_checkpoints(self) -> None:
+    def finish_checkpoints(self, reason: str = "end") -> None:
         """Collective: see the last step committed."""
         if self.checkpointer is not None:
             state = self.loop_state
-            self.checkpointer.finish(state.step, state.cursor, lambda: payload(self))
+            self.checkpointer.finish(
+                state.step, state.cursor, lambda: payload(self), reason=reason, metrics=scalars(self)
+            )
 
     def _leave(self, error: Exception) -> NoReturn:
         code = exit_code(error)
