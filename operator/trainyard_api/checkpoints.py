@@ -98,6 +98,10 @@ class Record:
     """commit: what was logged last, finite numbers only: retention chooses the best by them."""
     stall_seconds: float = 0.0
     """commit: how long rank 0's training stood still for it."""
+    alive_seconds: float = 0.0
+    """commit: how long the run had trained by then, over all attempts, and"""
+    failures: int = 0
+    """how often that had ended with a loss of steps: older records are pruned, and the automatic interval needs to know."""
     version: int = MANIFEST_VERSION
 
     def to_json(self) -> dict[str, Any]:
