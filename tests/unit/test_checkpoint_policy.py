@@ -11,7 +11,14 @@ from trainyard_api.checkpoints import Record
 
 def fence(seq: int, attempt: int, parent: int, policy: str) -> Record:
     return Record(
-        kind="fence", seq=seq, run="r", attempt=attempt, step=0, time=0.0, parent=parent, reason=fence_reason(policy)
+        kind="fence",
+        seq=seq,
+        run="r",
+        attempt=attempt,
+        step=0,
+        time=0.0,
+        parent=parent,
+        reason=fence_reason(policy),
     )
 
 

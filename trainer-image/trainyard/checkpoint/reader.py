@@ -73,7 +73,9 @@ class CheckpointReader:
     def headers(self) -> list[Header]:
         """Of all shards, by rank."""
         missing = [rank for rank in range(self.record.world_size) if rank not in self._headers]
-        for rank, header in zip(missing, self._parallel(self._read_header, map(self._shard, missing)), strict=True):
+        for rank, header in zip(
+            missing, self._parallel(self._read_header, map(self._shard, missing)), strict=True
+        ):
             self._headers[rank] = header
         return [self._headers[rank] for rank in range(self.record.world_size)]
 
@@ -109,7 +111,9 @@ class CheckpointReader:
         for request in requests:
             entries = [(s, h.entries[request.name]) for s, h in headers if request.name in h.entries]
             if any(e.whole != request.whole for _, e in entries):
-                raise ShardInvalid(f"{request.name}: its pieces are not of a tensor of shape {list(request.whole)}")
+                raise ShardInvalid(
+                    f"{request.name}: its pieces are not of a tensor of shape {list(request.whole)}"
+                )
             runs = [(s, run) for s, e in entries for run in runs_of(e, request.box, request.target)]
             covered = sum(run.elements for _, run in runs)
             if covered == request.box.numel:

@@ -115,7 +115,9 @@ class Resumption:
                 )  # fmt: skip
             if self._open(None) is None:
                 return None
-        raise CheckpointError(f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read")
+        raise CheckpointError(
+            f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read"
+        )
 
     # ---- steps
 
@@ -124,7 +126,9 @@ class Resumption:
             proposal = self._leader(lambda: self._propose(known))  # noqa: B023
             known = None
             self.attempt = int(proposal["attempt"])
-            self._records = [Record.from_json(r, run=self._config.run_id, seq=r["seq"]) for r in proposal["records"]]
+            self._records = [
+                Record.from_json(r, run=self._config.run_id, seq=r["seq"]) for r in proposal["records"]
+            ]
             self._passed_over = list(proposal["unreadable"])
             self._required = str(proposal["required"])
             main = self._read_tree() if self._records else None
@@ -135,7 +139,9 @@ class Resumption:
                 return Opened(record=record, uri=self._uri(record), main=main)
             if self._write_fence(None):
                 return None
-        raise CheckpointError(f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read")
+        raise CheckpointError(
+            f"{self._store.uri}: other writers changed the log {_STARTS} times while it was read"
+        )
 
     def _next(self) -> dict[str, Any] | None:
         """The candidate after the present one, which is damaged."""
@@ -188,7 +194,11 @@ class Resumption:
         horizon = found.records[0].seq if found.records else newest[0].seq if newest else 0
         unreadable = [text for seq, text in sorted(commits.unreadable.items(), reverse=True) if seq > horizon]
         if not found.records and newest and not found.required:
-            log.warning("resume is %r: the run begins from the beginning over %d checkpoints", self._config.resume, len(newest))
+            log.warning(
+                "resume is %r: the run begins from the beginning over %d checkpoints",
+                self._config.resume,
+                len(newest),
+            )
         return {
             "attempt": attempt,
             "records": [r.to_json() for r in found.records],

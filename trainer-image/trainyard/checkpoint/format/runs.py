@@ -57,7 +57,9 @@ def runs_of(entry: Entry, box: Box, target: torch.Tensor) -> Iterator[Run]:
     if entry.torch_dtype != target.dtype:
         raise ShardInvalid(f"{entry.name}: is {entry.torch_dtype}, wanted as {target.dtype}")
     if len(entry.box.shape) != len(box.shape):
-        raise ShardInvalid(f"{entry.name}: has {len(entry.box.shape)} dimensions, wanted with {len(box.shape)}")
+        raise ShardInvalid(
+            f"{entry.name}: has {len(entry.box.shape)} dimensions, wanted with {len(box.shape)}"
+        )
     if not target.numel():
         return
     both = entry.box.overlap(box)

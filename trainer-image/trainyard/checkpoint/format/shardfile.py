@@ -138,7 +138,9 @@ def read_header(beginning: bytes, size: int) -> Header:
     except ShardInvalid:
         raise
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, IndexError) as error:
-        raise ShardInvalid(f"not the header of a shard: {type(error).__name__}: {str(error)[:200]}") from error
+        raise ShardInvalid(
+            f"not the header of a shard: {type(error).__name__}: {str(error)[:200]}"
+        ) from error
     return Header(entries=entries, trees=trees, size=size, raw=beginning[:start])
 
 

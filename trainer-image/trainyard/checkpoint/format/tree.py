@@ -71,7 +71,9 @@ class _Flattener:
         if kind is torch.Size:
             return {"$size": list(value)}
         if kind in (tuple, set):
-            return {f"${kind.__name__}": [self.node(v, f"{path}.{i}", depth + 1) for i, v in enumerate(value)]}
+            return {
+                f"${kind.__name__}": [self.node(v, f"{path}.{i}", depth + 1) for i, v in enumerate(value)]
+            }
         if kind is bytes:
             return {"$bytes": base64.b64encode(value).decode()}
         if kind is complex:
@@ -117,7 +119,11 @@ class _Flattener:
             return {"$complex128": self._tensor(torch.view_as_real(value.resolve_conj()), path)}
         if to_name(value.dtype) is None:
             raise CheckpointConfigError(f"{path}: a tensor of {value.dtype} cannot be in a checkpoint")
-        same = (value.data_ptr(), value.device, value.dtype, value.shape, value.stride()) if value.numel() else None
+        same = (
+            (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
+            if value.numel()
+            else None
+        )
         return self._ref(value, path, same)
 
     def _ref(self, value: torch.Tensor, path: str, same: Any) -> Any:
