@@ -1,4 +1,4 @@
-"""Configuration, triggers, messages, and that none of it costs an import of torch."""
+"""Configuration, messages, and that none of it costs an import of torch."""
 
 from __future__ import annotations
 
@@ -22,7 +22,6 @@ from trainyard.checkpoint.errors import (
 from trainyard.checkpoint.messages import Outcome, Staged, from_line
 from trainyard.checkpoint.retry import with_retries
 from trainyard.checkpoint.staging import StagingFolder
-from trainyard.checkpoint.triggers import StepTrigger, TimeTrigger
 from trainyard_api.checkpoints import Cursor, Fenced, Record
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -143,64 +142,3 @@ def test_a_killed_process_s_staging_folder_is_swept_by_the_next_one(
     pod.close()
     assert pod.path == tmp_path / "staging"
     assert pod.path.exists(), "the uploader still needs it"
-
-
-def test_step_trigger() -> None:
-    every, in_twos, resumed = StepTrigger(3), StepTrigger(3), StepTrigger(3, seen=4)
-    assert [s for s in range(1, 10) if every.due(s)] == [3, 6, 9]
-    assert [s for s in range(2, 13, 2) if in_twos.due(s)] == [4, 6, 10, 12]
-    assert [s for s in range(5, 10) if resumed.due(s)] == [6, 9]
-
-
-class Gang:
-    """Two time triggers as on two ranks: the second one hears what the first one said at the same step."""
-
-    def __init__(self, seconds: float) -> None:
-        self.now = 0.0
-        self.said: tuple[bool, int] | None = None
-        self.messages = 0
-        self.leader = TimeTrigger(seconds, leader=True, broadcast=self._say, clock=lambda: self.now)
-        # The other rank's clock is far off: nothing may be decided by it.
-        self.other = TimeTrigger(
-            seconds, leader=False, broadcast=self._hear, clock=lambda: self.now * 7 - 1000
-        )
-
-    def _say(self, verdict: tuple[bool, int]) -> tuple[bool, int]:
-        self.said, self.messages = verdict, self.messages + 1
-        return verdict
-
-    def _hear(self, verdict: tuple[bool, int]) -> tuple[bool, int]:
-        assert self.said is not None, "a rank waits for a message that nobody sends"
-        said, self.said = self.said, None
-        return said
-
-    def step(self, step: int) -> bool:
-        due = self.leader.due(step)
-        assert self.other.due(step) == due
-        assert self.said is None, "rank 0 sent a message that nobody waits for"
-        if due:
-            self.leader.saved()
-            self.other.saved()
-        return due
-
-
-def test_time_trigger_saves_in_time_with_few_messages() -> None:
-    gang = Gang(60)
-    saves = []
-    for step in range(1, 20001):
-        gang.now += 0.1 if step < 10000 else 0.9  # training slows down
-        if gang.step(step):
-            saves.append(gang.now)
-    gaps = [b - a for a, b in zip([0.0, *saves], saves, strict=False)]
-    assert min(gaps) >= 60
-    assert max(gaps) <= 60 + 16 * 0.9
-    assert gang.messages < 20000 / 4
-
-
-def test_time_trigger_with_steps_longer_than_the_interval_saves_at_each() -> None:
-    gang = Gang(5)
-    saves = []
-    for step in range(1, 8):
-        gang.now += 20
-        saves.append(gang.step(step))
-    assert all(saves)

@@ -27,8 +27,8 @@ FIRST_SECONDS = 10.0
 """After the start of a run that has never saved: its first save is there to be measured."""
 PRIOR_SECONDS = 6 * 3600.0
 PRIOR_FAILURES = 1.0
-"""What is believed of a run of which nothing is known: a Gamma distribution of its rate of failures, worth one failure in
-six hours. Large gangs do worse (3.7 h with 1000 nodes: docs in design), one node much better; a day of its own outweighs it."""
+"""What is believed of a run of which nothing is known: a Gamma distribution of its rate of failures, worth one failure in six
+hours. A gang of 1000 nodes does worse, one node much better; what a run lives through itself soon outweighs it."""
 _SAVED_AT_THE_END = frozenset(("stop", "exception", "end"))
 
 
@@ -56,7 +56,7 @@ def life_of(records: Iterable[Record], *, now: float, ceiling: float = CEILING_S
     """
     ordered = sorted(records, key=lambda r: (r.attempt, r.seq))
     commits = [r for r in ordered if r.kind == "commit"]
-    life, tail = Life(), ordered
+    life, tail, before = Life(), ordered, list[float]()
     if commits:
         newest = commits[-1]
         life = Life(newest.alive_seconds, newest.failures)
@@ -64,7 +64,7 @@ def life_of(records: Iterable[Record], *, now: float, ceiling: float = CEILING_S
         before = [r.time for r in ordered if r.attempt == newest.attempt and r.seq < newest.seq]
     ends = [*(r.time for r in tail[1:]), now]
     seconds, failures = life.seconds, life.failures
-    for record, end in zip(tail, ends, strict=True):
+    for record, end in zip(tail, ends, strict=False):  # an empty log has no ends either
         bound = ceiling
         if record.kind == "commit":
             if record.reason in _SAVED_AT_THE_END:
