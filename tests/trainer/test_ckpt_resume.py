@@ -311,7 +311,7 @@ def test_each_rank_goes_on_with_its_own_generators(host: Host, tmp_path: Path) -
     checkpoint = torch.load(tmp_path / "a" / "end.ckpt", weights_only=True)
     assert (checkpoint["global_step"], len(checkpoint["trainyard"]["ranks"])) == (9, 2)
     alone = ranks(host, tmp_path, tmp_path / "c", tmp_path / "a" / "step=4.ckpt", 3, world=1)
-    assert alone[0][2] == 4 + 4 + 6, "8 samples of the epoch are used, 16 are left, 4 a step; then 24"
+    assert alone[0][2] == 9, "a step keeps its 8 samples, also where one rank goes through them"
 
 
 def test_a_missing_file_fails_all_ranks(host: Host, tmp_path: Path) -> None:

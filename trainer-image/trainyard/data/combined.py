@@ -42,10 +42,9 @@ class CombinedFeed:
     def batches(self) -> int | None:
         return self._left([(0, 0, False)] * len(self.parts), 0)
 
-    @property
-    def steps(self) -> int | None:
-        batches = self.batches
-        return None if batches is None else -(-batches // self._step_batches)
+    def steps(self, accumulate: int) -> int | None:
+        step, batches = rescaled(accumulate, self.origin, self._world), self.batches
+        return None if batches is None else -(-batches // step)
 
     @property
     def scale(self) -> Fraction:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 from trainyard.core.hooks import DataHooks
+from trainyard.data.batching import settle
 from trainyard.data.feed import Feed
 from trainyard.data.make import make_feed
 from trainyard.errors import MisconfigurationException
@@ -44,6 +45,7 @@ def train_feed(trainer: Trainer, given: Any) -> Feed:
         given = hook()
     feed = _feed(trainer, given, "train")
     feed.accumulate = trainer.accumulate_grad_batches
+    settle(trainer, feed)
     if feed.batches == 0:
         raise MisconfigurationException(
             "the training data has no batch; check its length, drop_last and limit_train_batches"
@@ -78,6 +80,7 @@ def _feed(trainer: Trainer, loader: Any, stage: str) -> Feed:
     feed = make_feed(
         loader, rank=share["rank"], world=share["num_replicas"], seed=trainer.loop_state.seed, limit=limit,
         resample=trainer.use_distributed_sampler, what=stage, in_order=overfits and str(trainer.state.fn) == "fit",
+        virtual=None if stage == "predict" else trainer.strategy.virtual_ranks,
     )  # fmt: skip
     if feed.batches == 0 and isinstance(limit, float) and limit > 0:
         name = "overfit_batches" if overfits else f"limit_{stage}_batches"

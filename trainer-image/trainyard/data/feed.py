@@ -26,9 +26,8 @@ class Feed(Protocol):
     origin: int | None
     """How many ranks the run began with; None: as many as there are now. As `accumulate`."""
 
-    @property
-    def steps(self) -> int | None:
-        """Optimizer steps per epoch; None if unknown."""
+    def steps(self, accumulate: int) -> int | None:
+        """Optimizer steps per epoch with that many batches each, instead of `accumulate`; None if unknown."""
         ...
 
     @property

@@ -6,6 +6,7 @@ import dataclasses
 from collections import deque
 from collections.abc import Generator, Iterator
 from fractions import Fraction
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 from trainyard.data.feed import Feed
@@ -94,18 +95,20 @@ class SampledFeed:
         self._replan()
 
     def _replan(self) -> None:
+        self.plan = self._planned(self._accumulate)
+
+    def _planned(self, accumulate: int) -> EpochPlan:
         apart = self._scale > 1  # then it plans for a world of one
-        self.plan = dataclasses.replace(
+        return dataclasses.replace(
             self.plan, origin=None if apart else self._origin,
-            accumulate=rescaled(self._accumulate, self._origin, self._world) if apart else self._accumulate,
+            accumulate=rescaled(accumulate, self._origin, self._world) if apart else accumulate,
         )  # fmt: skip
 
-    @property
-    def steps(self) -> int | None:
+    def steps(self, accumulate: int) -> int | None:
+        plan = self._planned(accumulate)
         if self.order.samples is not None:
-            return self.plan.steps
-        batches = self.batches
-        return None if batches is None else -(-batches * self.plan.global_batch // self.plan.step_samples)
+            return plan.steps
+        return None if plan.limit is None else -(-int(plan.limit) // accumulate)
 
     @property
     def scale(self) -> Fraction:
@@ -151,8 +154,9 @@ class SampledFeed:
 
     def _batches(self, cursor: Cursor, used: int) -> Iterator[Batch]:
         plan = self.plan
+        window = partial(self._window, plan)
         if self.order.samples is not None:
-            yield from plan.in_steps(self._window, used)
+            yield from plan.in_steps(window, used)
             return
         # The length shows only at the end: a look at the indices behind the window tells whether it is the last one.
         end = None if plan.limit is None else int(plan.limit) * plan.counted
@@ -166,15 +170,15 @@ class SampledFeed:
             if not size:
                 return
             ends = found < room + beyond or used + size == end
-            yield from shifted(self._window(size), used, ends=ends)
+            yield from shifted(window(size), used, ends=ends)
             used += size
             if ends:
                 return
 
-    def _window(self, samples: int) -> list[Batch]:
+    def _window(self, plan: EpochPlan, samples: int) -> list[Batch]:
         if self._virtual is None:
-            return self.plan.window(self._rank, samples)
-        return virtual_window(self.plan, self._virtual, samples)
+            return plan.window(self._rank, samples)
+        return virtual_window(plan, self._virtual, samples)
 
     def _read(self, cursor: Cursor, batches: Iterator[Batch], epoch: int) -> Iterator[tuple[Batch, Any]]:
         """In this process: what DataLoader does without workers, without its 10 us a batch."""

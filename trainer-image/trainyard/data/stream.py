@@ -51,9 +51,9 @@ class StreamFeed:
         """What the workers' datasets remembered before and after the epoch."""
         self._loaded: tuple[dict[str, Any], bool] | None = None
 
-    @property
-    def steps(self) -> int | None:
-        return None if self.batches is None else -(-self.batches // self._step_batches)
+    def steps(self, accumulate: int) -> int | None:
+        step = rescaled(accumulate, self.origin, self._world)
+        return None if self.batches is None else -(-self.batches // step)
 
     @property
     def scale(self) -> Fraction:

@@ -10,6 +10,7 @@ import torch
 
 from trainyard.checkpoint.triggers import TimeTrigger
 from trainyard.data.batches import size_of
+from trainyard.data.batching import settle
 from trainyard.data.loader import Feed, SampledFeed
 from trainyard.data.transfer import Transfer
 from trainyard.failure.errors import SIGTERMException
@@ -43,7 +44,10 @@ class FitLoop:
         self.schedule = trainer.schedule
         self.stop = trainer.stop
         self.feed: Feed = trainer.train_feed
+        settle(trainer, self.feed)  # it may have been there before the checkpoint was
         self._begun_at = self.state.total_batches
+        self._reported = 0
+        """Samples of the epoch that `report` has told of."""
         self.restore_rank = restore_rank
         """To be called once, right before the first batch."""
         automatic = trainer.lightning_module.automatic_optimization
@@ -112,13 +116,16 @@ class FitLoop:
         self.call.refresh()
         self.call("on_train_epoch_start")
         self.feed.accumulate = self.trainer.accumulate_grad_batches
+        self._reported = self.state.samples
         self._total_steps = self.trainer.total_steps
         if not fresh and restore is not None:
             restore()
 
     def close_epoch(self, complete: bool) -> None:
         trainer, state = self.trainer, self.state
-        due = self.schedule.validates_at_end(state, complete=complete, should_stop=trainer.should_stop)
+        due = self.schedule.validates_at_end(
+            state, complete=complete, should_stop=trainer.should_stop, scale=self.feed.scale
+        )
         if trainer.val_feeds and due and not state.validated:
             self.validate()
         where = {"step": max(0, state.stepped - 1), "epoch": state.epoch}
@@ -165,7 +172,9 @@ class FitLoop:
         """After a batch, but for the epoch's last: `close_epoch` sees to that."""
         if self._validation_clock is not None:
             return plan.steps and self._validation_clock.due(self.state.total_batches)
-        return self.schedule.validates_within(self.state, batches=self.feed.batches, last=plan.last)
+        return self.schedule.validates_within(
+            self.state, batches=self.feed.batches, last=plan.last, scale=self.feed.scale
+        )
 
     def _make_clock(self) -> TimeTrigger | None:
         seconds, peers = self.schedule.val_check_seconds, self.trainer.strategy.peers
@@ -185,11 +194,12 @@ class FitLoop:
         if flush:
             self.metrics.flush_step(step=state.stepped - 1, epoch=state.epoch)
         total = self._total_steps if state.step == state.stepped else trainer.total_steps
-        samples = plan.size if isinstance(self.feed, SampledFeed) else trainer.world_size * size_of(batch)
+        samples, self._reported = state.samples - self._reported, state.samples
+        if not isinstance(self.feed, SampledFeed):  # its positions are numbers of batches
+            samples *= size_of(batch)
         trainer.progress.stepped(
-            step=state.step, total=total, epoch=state.epoch,
-            samples=samples * trainer.accumulate_grad_batches, loss=trainer.last_loss, flush=flush,
-        )  # fmt: skip
+            step=state.step, total=total, epoch=state.epoch, samples=samples, loss=trainer.last_loss, flush=flush
+        )
         if flush:
             self.call("on_logs_flushed")
 

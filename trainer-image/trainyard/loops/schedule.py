@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from fractions import Fraction
 from typing import Any
 
 from trainyard.callbacks.timer import seconds_of
 from trainyard.errors import MisconfigurationException
 from trainyard.loops.state import LoopState
+
+_ONE = Fraction(1)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -64,8 +68,11 @@ class Schedule:
             return True
         return should_stop and state.epoch >= self.min_epochs and state.step >= self.min_steps
 
-    def validates_within(self, state: LoopState, *, batches: int | None, last: bool) -> bool:
-        """After a batch that is not the epoch's last; `batches` is the epoch's length if it is known."""
+    def validates_within(
+        self, state: LoopState, *, batches: int | None, last: bool, scale: Fraction = _ONE
+    ) -> bool:
+        """After a batch that is not the epoch's last; `batches` is the epoch's length if it is known. `scale`: batches of
+        now for each of when the run began (`Feed.scale`)."""
         every = self.val_check_interval
         if self.val_check_seconds is not None:
             return False
@@ -75,22 +82,26 @@ class Schedule:
             if every == 1.0 or batches is None:
                 return False
             every = max(1, int(batches * every))
+        else:
+            every = max(1, round(every * scale))
         count = state.total_batches if self.check_val_every_n_epoch is None else state.batches
         return count % every == 0
 
-    def validates_at_end(self, state: LoopState, *, complete: bool, should_stop: bool) -> bool:
-        """At the end of an epoch, or of what of it was trained before a stop."""
+    def validates_at_end(
+        self, state: LoopState, *, complete: bool, should_stop: bool, scale: Fraction = _ONE
+    ) -> bool:
+        """At the end of an epoch, or of what of it was trained before a stop. `scale`: as above."""
         if self.val_check_seconds is not None or not self._this_epoch(state) or not (complete or should_stop):
             return False
         every = self.val_check_interval
         count = state.total_batches if self.check_val_every_n_epoch is None else state.batches
-        return isinstance(every, float) or count % every == 0
+        return isinstance(every, float) or math.ceil(count / scale) % every == 0
 
-    def total_steps(self, batches: int | None, accumulate: int) -> int | None:
+    def total_steps(self, per_epoch: int | None) -> int | None:
         """Optimizer steps of the whole run, None if there is no telling."""
         limits = [] if self.max_steps == -1 else [self.max_steps]
-        if self.max_epochs != -1 and batches is not None:
-            limits.append(self.max_epochs * -(-batches // accumulate))
+        if self.max_epochs != -1 and per_epoch is not None:
+            limits.append(self.max_epochs * per_epoch)
         return min(limits, default=None)
 
     def _this_epoch(self, state: LoopState) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from trainyard.data.batching import Batching
 from trainyard_api.checkpoints import Cursor
 
 
@@ -31,6 +32,8 @@ class LoopState:
     """A validation is due before the next batch: it was abandoned for a save on the way out."""
     validated: bool = False
     """The validation that falls on this position has been: a file that it saved does not have it done twice."""
+    batching: Batching | None = None
+    """What a global batch is; None before there is training data."""
 
     @property
     def cursor(self) -> Cursor:
@@ -50,7 +53,10 @@ class LoopState:
 
     @classmethod
     def from_state(cls, state: dict[str, Any]) -> LoopState:
-        known = {k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__}
+        batching = state.get("batching")
+        known: dict[str, Any] = {
+            k: int(v) for k, v in state.items() if k in cls.__dataclass_fields__ and k != "batching"
+        }
         for flag in ("validates", "validated"):
             known[flag] = bool(known.get(flag, False))
-        return cls(**known)
+        return cls(**known, batching=None if batching is None else Batching.from_state(batching))

@@ -29,6 +29,8 @@ class StrategyFacade:
     """Where a strategy runs, and what it is asked about that."""
 
     peers: Peers
+    virtual_ranks: int | None = None
+    """With `deterministic="elastic"`: into how many parts a step is divided, however many processes there are."""
     _module: LightningModule | None
 
     def __init__(self) -> None:

@@ -327,7 +327,7 @@ class TrainerFacade:
 
     @property
     def _stepping_batches(self) -> int | None:
-        return self.schedule.total_steps(self.train_feed.batches, self.accumulate_grad_batches)
+        return self.schedule.total_steps(self.train_feed.steps(self.accumulate_grad_batches))
 
     @property
     def estimated_stepping_batches(self) -> int | float:
