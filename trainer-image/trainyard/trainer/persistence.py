@@ -107,7 +107,7 @@ def resume_state(trainer: Trainer) -> tuple[LoopState, bool]:
     state, hook = dataclasses.replace(trainer.loop_state), trainer.metrics.hook
     if hook == "on_train_batch_end" and trainer.val_feeds:
         state.validates |= trainer.schedule.validates_within(
-            state, batches=trainer.train_feed.batches, last=trainer.is_last_batch
+            state, batches=trainer.train_feed.batches, last=trainer.is_last_batch, scale=trainer.train_feed.scale
         )
     if hook != "on_train_epoch_end":
         return state, False
