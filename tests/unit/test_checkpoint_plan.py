@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainyard.checkpoint.errors import CheckpointConfigError
-from trainyard.checkpoint.plan import LEAST_CUT, Assigned, assign, stretch
+from trainyard.checkpoint.plan import LEAST_CUT, Assigned, assign, rank_path, stretch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64)
 
@@ -97,18 +97,20 @@ def test_stretches_meet_and_cover(units: list[tuple[int, int]], count: int) -> N
 
 
 def test_a_ranks_own_tensors_are_its_own() -> None:
-    tensors = {
-        "rank.loader.0": torch.ones(3),
-        "rank-00002.generator": torch.zeros(2),
-        "rankings": torch.ones(1),
-    }
-    everyones = {"rank.loader.0": torch.ones(3), "rankings": torch.ones(1)}
-    found = assign(tensors, rank=2, world=4, replicated={"rank.loader.0"})
-    assert [(a.name, a.box.shape) for a in found] == [
-        ("rank-00002.generator", (2,)),
-        ("rank-00002.loader.0", (3,)),
+    """Though all ranks have them, under names that are alike but for the number."""
+    plans = [
+        assign(
+            {f"{rank_path(rank)}.generator": torch.full((2,), rank), "rank-00001x": torch.ones(1)},
+            rank=rank,
+            world=3,
+        )
+        for rank in range(3)
     ]
-    assert [a.name for a in assign(everyones, rank=0, world=4)] == ["rank-00000.loader.0", "rankings"]
+    assert [[a.name for a in plan] for plan in plans] == [
+        ["rank-00000.generator", "rank-00001x"],
+        ["rank-00001.generator"],
+        ["rank-00002.generator"],
+    ]
 
 
 def test_equal_layers_are_shared_evenly() -> None:

@@ -41,7 +41,7 @@ def assign(
 ) -> list[Assigned]:
     """What rank `rank` of `world` writes of its `tensors`, sorted by name.
 
-    Names under "rank" are this rank's own. A DTensor's piece is written once by those that have it. `replicated` are the
+    Names under `rank_path` are this rank's own. A DTensor's piece is written once by those that have it. `replicated` are the
     plain tensors that all ranks have alike, by name, shape and dtype; each is written once. Any other plain tensor, and
     a DTensor without elements, is rank 0's (or that of the lowest rank in its mesh). No empty pieces but of tensors that
     are empty as a whole. What is shared by the same ranks is balanced: none gets more than its fair share of the bytes
@@ -49,14 +49,11 @@ def assign(
     """
     found: list[Assigned] = []
     shared: dict[Index, list[tuple[str, Piece]]] = {}
-    everyone = tuple(range(world))
+    everyone, own = tuple(range(world)), rank_path(rank)
     for name, tensor in tensors.items():
         have = piece(tensor)
-        if name == "rank" or name.startswith("rank."):
-            # Its own business: how it lies in a mesh means nothing to the rank that takes it over.
-            shape = tuple(have.local.shape)
-            found.append(Assigned(rank_path(rank) + name[4:], have.local, Box.whole(shape), shape))
-        elif name == rank_path(rank) or name.startswith(f"{rank_path(rank)}."):
+        if name == own or name.startswith(f"{own}."):
+            # How it lies in a mesh means nothing to the rank that takes it over.
             shape = tuple(have.local.shape)
             found.append(Assigned(name, have.local, Box.whole(shape), shape))
         elif 0 in have.whole:

@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 FORMAT = 3
 _LENGTH = struct.Struct("<Q")
+_PAGE = 4096
+"""Bytes: headers are filled up to it, so that a number that has a digit more does not move all tensors."""
 MOST_HEADER = 100 << 20
 """Bytes: what safetensors itself allows."""
 _MOST_DIMENSIONS = 32
@@ -89,7 +91,7 @@ def make_header(wanted: Iterable[Wanted], trees: dict[str, Any]) -> Header:
         "trainyard": json.dumps(own, separators=(",", ":")),
     }
     text = json.dumps({"__metadata__": metadata, **spans}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + _LENGTH.size) % 64)
+    text += b" " * (-(len(text) + _LENGTH.size) % _PAGE)
     start = _LENGTH.size + len(text)
     entries = {
         w.name: Entry(
@@ -124,7 +126,7 @@ def read_header(beginning: bytes, size: int) -> Header:
             raise ShardInvalid(f"a shard of format {own['format']!r}, this version reads {FORMAT}")
         trees = own["trees"]
         if not isinstance(trees, dict):
-            raise ValueError("trees")
+            raise ValueError("trees")  # noqa: TRY004 - of a file's content, not of an argument
         entries, at = {}, start
         for name, span in text.items():
             if name == "__metadata__":
