@@ -65,6 +65,9 @@ class RunBuilder:
     def deleting(self) -> Self:
         return replace(self, metadata={**self.metadata, "deletionTimestamp": "2026-01-01T00:00:00Z"})
 
+    def with_finalizers(self, *finalizers: str) -> Self:
+        return replace(self, metadata={**self.metadata, "finalizers": list(finalizers)})
+
     def with_status(self, status: dict[str, Any]) -> Self:
         return replace(self, status=status)
 
@@ -275,6 +278,8 @@ class Scene:
             self.create(wanted.body)
         if decided.directives is not None:
             self.directives = dict(decided.directives)
+        if decided.finalizers is not None:
+            self.builder = self.builder.with_finalizers(*decided.finalizers)
         self.events += decided.events
         self.run_deleted |= decided.delete_run
 
@@ -438,6 +443,7 @@ def quiet(decided: Plan) -> bool:
         and not decided.create_pods
         and not decided.events
         and not decided.delete_run
+        and decided.finalizers is None
     )
 
 

@@ -23,6 +23,7 @@ import uvloop
 from trainyard_api.contract import LABEL_MANAGED_BY, MANAGED_BY
 from trainyard_operator.clock import SystemClock
 from trainyard_operator.collectors import Internals, InternalsCollector, RunsCollector, Watched, count_changes
+from trainyard_operator.commits import CommitMeter
 from trainyard_operator.coordinator.fleet import CachedFleet
 from trainyard_operator.coordinator.registry import Registry
 from trainyard_operator.coordinator.server import Coordinator, CoordinatorServer
@@ -94,7 +95,10 @@ class App:
             timing=_timing(settings.lease_duration),
             clock=self._clock,
         )
-        self._registry = Registry(on_change=self._agents_changed, clock=self._clock)
+        self._commits = CommitMeter(self.metrics, self._committed)
+        self._registry = Registry(
+            on_change=self._agents_changed, clock=self._clock, on_commit=self._commits.heard
+        )
         self._reconciler = Reconciler(
             api=self._api,
             runs=self._runs,
@@ -235,6 +239,7 @@ class App:
     def _run_changed(self, key: Key, old: Object | None, new: Object | None) -> None:
         if new is None and old is not None:
             self._registry.forget(old["metadata"]["uid"])
+            self._commits.forget(old["metadata"]["uid"])
         if new is not None and self._elector.leading.is_set():
             count_changes(self.metrics, old, new)
         self._ring(key)
@@ -248,6 +253,12 @@ class App:
         run = self._runs.by_uid(run_uid)
         if run is not None:
             self._ring((run["metadata"]["namespace"], run["metadata"]["name"]))
+
+    def _committed(self, run_uid: str) -> int:
+        """Number of the newest commit that the status has."""
+        run = self._runs.by_uid(run_uid)
+        checkpoint = ((run or {}).get("status") or {}).get("checkpoint") or {}
+        return int(checkpoint.get("seq") or 0)
 
     async def _resync(self) -> None:
         """Looks at every run from time to time, for what no event told."""

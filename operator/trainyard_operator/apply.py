@@ -1,4 +1,5 @@
-"""Executes a plan, in the order of docs/architecture.md 1.4: status, deletes, creates, directives, Events.
+"""Executes a plan, in the order of docs/architecture.md 1.4: status, deletes, creates, directives, Events. A change
+of the finalizers is a plan of its own.
 
 The status comes first and is guarded by resourceVersion: a plan that was made from an old view fails there,
 before it did anything. Whatever comes after can be done twice.
@@ -23,6 +24,8 @@ PARALLEL = 50
 """Requests under way for one run at a time (as many as JobSet's controller)."""
 GONE = (404, 409)
 """Answers to a DELETE with a UID precondition that mean: that object is not there any more."""
+NAMESPACE_ENDS = "NamespaceTerminating"
+"""Cause of the refusal of anything new in a namespace that is being deleted (admission plugin NamespaceLifecycle)."""
 
 T = TypeVar("T")
 
@@ -70,6 +73,8 @@ class Applied:
     """Names of pods that exist now and are the run's."""
     refused: Mapping[str, str] = field(default_factory=dict)
     """Pods that the API server will not take as they are, with its words. Others may be tried again."""
+    hopeless: frozenset[str] = frozenset()
+    """Those of them that it will never take, because the namespace is being deleted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +91,8 @@ class Applier:
         """Raises Conflict, or the first ApiError that trying again may cure, after all else was done."""
         if plan.status is not None:
             await self._write_status(run, plan.status)
+        if plan.finalizers is not None:
+            await self._write_finalizers(run, plan.finalizers)
         problems: list[ApiError] = []
         await self._delete_pods(run, plan.delete_pods, problems)
         created, refused = await self._create_pods(run, plan.create_pods, problems)
@@ -99,7 +106,9 @@ class Applier:
             await self._delete_run(run)
         if problems:
             raise problems[0]
-        return Applied(plan.status is not None, frozenset(created), refused)
+        hopeless = frozenset(name for name, refusal in refused.items() if refusal.hopeless)
+        told = {name: str(refusal) for name, refusal in refused.items()}
+        return Applied(plan.status is not None, frozenset(created), told, hopeless)
 
     async def _write_status(self, run: TrainingRun, status: Status) -> None:
         body = {
@@ -113,6 +122,17 @@ class Applier:
                 raise Conflict(error.message) from error
             raise
         self.runs.upsert(answer)
+
+    async def _write_finalizers(self, run: TrainingRun, finalizers: tuple[str, ...]) -> None:
+        """The one write outside the status. Guarded by resourceVersion, as a merge patch replaces the whole list."""
+        body = {"metadata": {"resourceVersion": run.resource_version, "finalizers": list(finalizers)}}
+        try:
+            answer = await self.api.merge_patch(RUNS, run.namespace, run.name, body)
+        except ApiError as error:
+            if error.status in (404, 409):
+                raise Conflict(error.message) from error
+            raise
+        self.runs.upsert(answer)  # without effect for the last answer before the run is gone: its version is old
 
     async def _delete_pods(
         self, run: TrainingRun, pods: Iterable[DeletePod], problems: list[ApiError]
@@ -132,15 +152,15 @@ class Applier:
 
     async def _create_pods(
         self, run: TrainingRun, pods: Iterable[CreatePod], problems: list[ApiError]
-    ) -> tuple[set[str], dict[str, str]]:
+    ) -> tuple[set[str], dict[str, _Refused]]:
         created: set[str] = set()
-        refused: dict[str, str] = {}
+        refused: dict[str, _Refused] = {}
 
         async def create(pod: CreatePod) -> None:
             try:
                 obj = await self._create_or_find(run, pod)
             except _Refused as refusal:
-                refused[pod.name] = str(refusal)
+                refused[pod.name] = refusal
             except ApiError as error:
                 problems.append(error)
             else:
@@ -162,7 +182,7 @@ class Applier:
                 message = f'a pod named "{pod.name}" exists and is not of this run; delete or rename it'
                 raise _Refused(message) from error
             if error.status in (400, 403, 404, 422):
-                raise _Refused(error.message) from error
+                raise _Refused(error.message, hopeless=NAMESPACE_ENDS in error.causes) from error
             raise
 
     async def _delete_run(self, run: TrainingRun) -> None:
@@ -176,7 +196,11 @@ class Applier:
 
 
 class _Refused(Exception):
-    """Trying the same again at once is of no use."""
+    """Trying the same again at once is of no use; if `hopeless`, it never is."""
+
+    def __init__(self, message: str, *, hopeless: bool = False) -> None:
+        super().__init__(message)
+        self.hopeless = hopeless
 
 
 def regarding(run: TrainingRun) -> Regarding:

@@ -141,7 +141,7 @@ class InternalsCollector(Collector):
 
 
 def count_changes(metrics: Metrics, old: Object | None, new: Object) -> None:
-    """Counts what the newer version of a run adds to its history (`status.attempts`).
+    """Counts what the newer version of a run adds to its history (`status.attempts`, `status.cleanup`).
 
     Call it for each version once, in order, and only in the leader: the sum over replicas is then right. With
     no older version nothing is counted, because it was counted by the process before.
@@ -158,6 +158,16 @@ def count_changes(metrics: Metrics, old: Object | None, new: Object) -> None:
             metrics.recovery.observe(entry["recoverySeconds"])
         if entry.get("lostSteps") is not None and known.get("lostSteps") is None:
             metrics.lost_steps.inc(max(entry["lostSteps"], 0))
+        if entry.get("passedOver") and not known.get("passedOver"):
+            metrics.passed_over.inc()
+    result = _cleanup_result(new)
+    if result and not _cleanup_result(old):
+        metrics.cleanups.labels(result).inc()
+
+
+def _cleanup_result(run: Object) -> str:
+    cleanup = (run.get("status") or {}).get("cleanup") or {}
+    return str(cleanup.get("result") or "")
 
 
 def _attempts(run: Object) -> list[dict[str, Any]]:

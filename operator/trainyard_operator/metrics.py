@@ -15,6 +15,8 @@ FAST = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.
 """Seconds; for what happens inside the operator."""
 RECOVERY = (0.5, 1.0, 2.0, 3.0, 5.0, 7.5, 10.0, 15.0, 20.0, 30.0, 60.0, 120.0, 300.0, 600.0, 1800.0)
 """Seconds; for what people wait for."""
+UPLOAD = (0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0, 300.0, 900.0, 3600.0)
+"""Seconds; for transfers."""
 CONTROLLER = "trainingrun"
 """Value of controller-runtime's labels `controller` and `name`."""
 
@@ -100,6 +102,34 @@ class Metrics:
         )
         self.lost_steps = self._counter(
             "trainyard_lost_steps_total", "Optimizer steps that had to be taken again after failures."
+        )
+        # ---- checkpoints
+        self.commits = self._counter(
+            "trainyard_checkpoints_committed_total",
+            "Checkpoints that agents reported as committed, by what they were made for.",
+            ("reason",),
+        )
+        self.commit_bytes = self._counter(
+            "trainyard_checkpoint_bytes_total", "Bytes of those checkpoints, where the agents tell."
+        )
+        self.upload_seconds = self._histogram(
+            "trainyard_checkpoint_upload_seconds",
+            "From the first byte of an upload to its commit, where the agents tell.",
+            UPLOAD,
+        )
+        self.stall_seconds = self._histogram(
+            "trainyard_checkpoint_stall_seconds",
+            "How long training stood still for a checkpoint, where the agents tell.",
+            FAST,
+        )
+        self.passed_over = self._counter(
+            "trainyard_checkpoints_passed_over_total",
+            "Attempts that started from an older checkpoint because newer ones were missing, truncated or altered.",
+        )
+        self.cleanups = self._counter(
+            "trainyard_checkpoint_deletions_total",
+            "Runs with deletionPolicy Delete that were deleted: with their checkpoints (Deleted), or not (LeftBehind).",
+            ("result",),
         )
 
     def queue(self) -> QueueMeter:

@@ -119,7 +119,7 @@ def _place(name: str, labels: Object) -> tuple[int, int]:
 
 def _container_state(status: Object) -> Object:
     for container in _list(status.get("containerStatuses")):
-        if container.get("name") == contract.CONTAINER:
+        if container.get("name") in (contract.CONTAINER, contract.CLEANUP_CONTAINER):
             return _dict(container.get("state"))
     return {}
 

@@ -14,6 +14,7 @@ from trainyard_operator.kube.api import RUNS, Api, ApiError, Object
 from trainyard_operator.kube.recorder import Regarding
 from trainyard_operator.observe import observe
 from trainyard_operator.plan import Plan, PlanSettings, plan
+from trainyard_operator.plan.cleanup_pod import cleanup_number
 from trainyard_operator.plan.model import Member, Observed, Refusal
 from trainyard_operator.plan.names import parse_pod_name
 from trainyard_operator.podevents import PodEvents
@@ -144,6 +145,9 @@ class Reconciler:
         except Conflict:
             pause = 0.0 if await self._refresh(key) else GONE_SECONDS
             return pause, Round(key, 0.0, "conflict", observed, decided)
+        for note in decided.events:  # in a namespace that is being deleted no Event can be posted
+            if note.reason == Reason.CHECKPOINTS_LEFT_BEHIND:
+                log.warning("%s", note.message)
         if applied.wrote_status:
             memory.status_written = self._clock.time()
         news = self._take_in(memory, applied)
@@ -153,12 +157,14 @@ class Reconciler:
     def _observe(self, obj: Object, memory: _Memory) -> Observed:
         pods = self._pods.owned_by(memory.uid)
         existing = {pod["metadata"]["name"] for pod in pods}
+        run_name = str(obj["metadata"].get("name"))
         status = obj.get("status")
         attempt = status.get("attempt") if isinstance(status, dict) else None
         memory.refusals = {
             name: refusal
             for name, refusal in memory.refusals.items()
-            if name not in existing and (parse_pod_name(name) or (0, 0))[1] == attempt
+            if name not in existing
+            and (cleanup_number(run_name, name) or (parse_pod_name(name) or (0, 0))[1] == attempt)
         }
         return observe(
             obj,
@@ -183,7 +189,8 @@ class Reconciler:
         memory.tries += 1
         retry_at = self._clock.time() + pause
         for name, message in applied.refused.items():
-            memory.refusals[name] = Refusal(pod=name, message=message, retry_at=retry_at)
+            hopeless = name in applied.hopeless
+            memory.refusals[name] = Refusal(pod=name, message=message, retry_at=retry_at, hopeless=hopeless)
         return True
 
     def _remember(self, key: Key, obj: Object | None) -> _Memory | None:

@@ -35,7 +35,7 @@ RUN, CRDS = "trainyard.dev", "apiextensions.k8s.io"
 OUR_CRD = "trainingruns.trainyard.dev"
 
 MAY = [
-    *(Act(verb, "trainingruns", RUN) for verb in ("get", "list", "watch", "delete")),
+    *(Act(verb, "trainingruns", RUN) for verb in ("get", "list", "watch", "delete", "patch")),
     *(Act(verb, "trainingruns", RUN, namespace="") for verb in ("list", "watch")),
     Act("patch", "trainingruns/status", RUN),
     Act("update", "trainingruns/finalizers", RUN),
@@ -55,7 +55,7 @@ MAY_NOT = [
     *(Act(verb, "pods") for verb in ("update", "patch", "deletecollection")),
     Act("get", "pods/log"),
     Act("patch", "pods/status"),
-    *(Act(verb, "trainingruns", RUN) for verb in ("create", "update", "patch", "deletecollection")),
+    *(Act(verb, "trainingruns", RUN) for verb in ("create", "update", "deletecollection")),
     Act("update", "trainingruns/status", RUN),
     *(Act(verb, resource) for verb in ("get", "list", "create") for resource in ("configmaps", "serviceaccounts", "services")),
     Act("create", "serviceaccounts/token"),

@@ -14,10 +14,13 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 
 from tests.builders import RUN_UID, SETTINGS, T0, Planner, RunBuilder, a_run, quiet
+from trainyard_api.contract import FINALIZER
 from trainyard_api.protocol import Action, AgentPhase, Beat, Directive, Failure, Progress, Resumed
 from trainyard_api.v1alpha1 import Status, TrainingRun
 from trainyard_operator.coordinator.registry import Registry
 from trainyard_operator.plan import Observed, Plan, plan
+from trainyard_operator.plan.cleanup import MAX_TRIES
+from trainyard_operator.plan.cleanup_pod import cleanup_number
 from trainyard_operator.plan.model import PodView
 from trainyard_operator.plan.names import parse_pod_name
 
@@ -111,6 +114,10 @@ class World:
         self.versions: dict[str, int] = {}
         self.agents: dict[str, Agent] = {}
         self.committed = 0
+        self.stored = False
+        """Whether anything of the run is in the bucket."""
+        self.gone = False
+        """The run is no more."""
         self.harms = 0
         self.changes: list[tuple[str, PodView | None, int]] = []
         self.told: defaultdict[tuple[int, int], set[str]] = defaultdict(set)
@@ -146,10 +153,15 @@ class World:
 
     def reconcile(self, *, crash_after: int | None = None, drop: int | None = None) -> Plan:
         """One round. It may crash after so many actions, or have one request dropped."""
+        if self.gone:
+            return Plan()
         decided = self.planner(self.observed(), SETTINGS)
         actions: list[Callable[[], bool]] = []
+        guarded = decided.status is not None or decided.finalizers is not None
         if decided.status is not None:
             actions.append(lambda: self._write(decided.status))
+        if decided.finalizers is not None:
+            actions.append(lambda: self._finalize(decided.finalizers or ()))
         actions += [lambda d=d: self._api_delete(d.name, d.uid) for d in decided.delete_pods]
         actions += [lambda c=c: self._api_create(c.name) for c in decided.create_pods]
         if decided.directives is not None:
@@ -161,7 +173,7 @@ class World:
             dropped = drop == number
             if dropped:
                 self.log.append(f"request {number} is dropped")
-            if (dropped or not act()) and number == 0 and decided.status is not None:
+            if (dropped or not act()) and number == 0 and guarded:
                 self.seen_run = (self.builder, self.status, self.version)  # read again after a conflict
                 return decided
         if crash_after is not None:
@@ -181,6 +193,31 @@ class World:
         self.seen_run = (self.builder, self.status, self.version)
         return True
 
+    def _finalize(self, finalizers: tuple[str, ...]) -> bool:
+        if self.seen_run[2] != self.version:
+            return False
+        had = FINALIZER in (self.builder.metadata.get("finalizers") or ())
+        cleanup = self.status.cleanup
+        if had and FINALIZER not in finalizers:
+            self.log.append(f"released: {cleanup}")
+            if self.status.attempt > 0 and (cleanup is None or not cleanup.result):
+                raise Violation(f"released before the result is written: {cleanup}")
+            if cleanup is not None and cleanup.result == "Deleted" and self.stored:
+                raise Violation("said to be deleted, and it is not")
+        self.builder = self.builder.with_finalizers(*finalizers)
+        self.version += 1
+        self.seen_run = (self.builder, self.status, self.version)
+        self._collect()
+        return True
+
+    def _collect(self) -> None:
+        """The API server drops a deleted run that nothing holds, and the garbage collector its pods."""
+        meta = self.builder.metadata
+        if "deletionTimestamp" in meta and not meta.get("finalizers"):
+            self.gone = True
+            for name in list(self.pods):
+                self.terminate(name)
+
     def _api_delete(self, name: str, uid: str) -> bool:
         pod = self.pods.get(name)
         if pod is not None and pod.uid == uid:
@@ -193,6 +230,7 @@ class World:
 
     def _api_create(self, name: str) -> bool:
         index, attempt = parse_pod_name(name) or (-1, 0)
+        self._check_create(name)
         if attempt > self.status.attempt:
             raise Violation(f"{name} is created before attempt {attempt} is persisted")
         if name in self.pods:
@@ -235,8 +273,27 @@ class World:
 
     # ---- promises -----------------------------------------------------------------------------------
 
+    def _check_create(self, name: str) -> None:
+        number = cleanup_number(self.builder.name, name)
+        meta = self.builder.metadata
+        if number is None:
+            if self.deletes and FINALIZER not in (meta.get("finalizers") or ()):
+                raise Violation(f"{name} is created and nothing holds the run")
+            return
+        if self.status.cleanup is None or self.status.cleanup.tries != number or number > MAX_TRIES:
+            raise Violation(f"{name} is created and the status has {self.status.cleanup}")
+        alive = [p.name for p in self.pods.values() if p.phase in ("Pending", "Running") and p.name != name]
+        if "deletionTimestamp" not in meta or alive:
+            raise Violation(f"{name} is created beside {alive}")
+
+    @property
+    def deletes(self) -> bool:
+        return self.builder.build().spec.checkpoint.deletes
+
     def _check_write(self, before: Status, after: Status) -> None:
-        if before.finished:
+        if after.cleanup != before.cleanup and "deletionTimestamp" not in self.builder.metadata:
+            raise Violation(f"cleanup of a run that is not deleted: {after.cleanup}")
+        if before.finished and replace(after, cleanup=before.cleanup) != before:
             raise Violation(f"the status of a finished run is written: {after.phase}")
         if after.attempt < before.attempt:
             raise Violation(f"the attempt goes back from {before.attempt} to {after.attempt}")
@@ -247,8 +304,9 @@ class World:
             raise Violation(
                 f"{_charges(after)} failures are charged and {self.harms} happened: {after.root_cause}"
             )
-        if after.is_true("Suspended") and self.pods:
-            raise Violation(f"Suspended while there are pods: {sorted(self.pods)}")
+        training = sorted(n for n in self.pods if cleanup_number(self.builder.name, n) is None)
+        if after.is_true("Suspended") and training:
+            raise Violation(f"Suspended while there are pods: {training}")
         if len(after.attempts) > 10:
             raise Violation("history is not bounded")
 
@@ -291,7 +349,9 @@ class World:
         """The next thing that the node of this pod does."""
         pod = self.pods[name]
         agent = self.agents.get(pod.uid)
-        if pod.deleting:
+        if cleanup_number(self.builder.name, name) is not None and not pod.deleting:
+            self._clean(pod)
+        elif pod.deleting:
             if agent is not None and not agent.cut_off and agent.phase is not AgentPhase.DRAINING:
                 agent.phase = AgentPhase.DRAINING
             else:
@@ -301,6 +361,15 @@ class World:
             ip = f"10.0.{self._tick // 250}.{self._tick % 250}"
             self.put(replace(pod, phase="Running", ip=ip, node="n", started_at=self.clock.now))
             self.agents[pod.uid] = Agent(uid=pod.uid, name=name, index=pod.index, ip=ip)
+
+    def _clean(self, pod: PodView) -> None:
+        """The next thing that a cleanup pod does."""
+        if pod.phase == "Pending":
+            self.put(replace(pod, phase="Running", ip="10.1.0.1", node="n", started_at=self.clock.now))
+        elif pod.phase == "Running":
+            self.stored = False
+            said = '{"outcome": "deleted", "message": "all of it"}'
+            self.put(replace(pod, phase="Succeeded", exit_code=0, termination_message=said))
 
     def talk(self, uid: str) -> None:
         """One beat and its answer."""
@@ -347,6 +416,7 @@ class World:
             agent.phase = AgentPhase.RUNNING
         if gang[0].step % CHECKPOINT_EVERY == 0:
             self.committed = gang[0].step
+            self.stored = True
 
     def finish(self) -> None:
         """The program ends well."""
@@ -403,6 +473,13 @@ class World:
         """Somebody labels the run: the operator's next write is a conflict."""
         self.version += 1
 
+    def delete_run(self) -> None:
+        if "deletionTimestamp" not in self.builder.metadata:
+            self.log.append("the run is deleted")
+            self.builder = self.builder.deleting()
+            self.version += 1
+            self._collect()
+
     def suspend(self, suspend: bool) -> None:
         self.log.append(f"suspend {suspend}")
         self.builder = self.builder.suspended(suspend)
@@ -448,6 +525,8 @@ class World:
 
     def settled(self) -> bool:
         status = self.status
+        if "deletionTimestamp" in self.builder.metadata:
+            return self.gone and not self.pods
         if status.finished:
             return True
         if self.builder.spec.get("suspend"):
@@ -525,7 +604,7 @@ def happen(world: World, rule: str, pick: int) -> None:
             world.suspend(True)
         case "resume":
             world.suspend(False)
-        case "train" | "finish" | "touch" | "fair_round":
+        case "train" | "finish" | "touch" | "fair_round" | "delete_run":
             getattr(world, rule)()
         case "kubelet" | "delete_pod" | "force_delete_pod" | "kill_pod":
             if pods:
@@ -535,11 +614,17 @@ def happen(world: World, rule: str, pick: int) -> None:
                 getattr(world, rule)(agents[pick % len(agents)])
 
 
-def live(planner: Planner, seed: int, steps: int) -> World:
-    """A random life with a fair end. Raises Violation."""
+WITH_DELETION: Counter[str] = RULES + Counter(delete_run=2)
+"""The same, and at some time the run is deleted."""
+
+
+def live(planner: Planner, seed: int, steps: int, *, run: RunBuilder | None = None) -> World:
+    """A random life with a fair end; of a run that deletes its checkpoints, one that ends with its deletion. Raises
+    Violation."""
     dice = random.Random(seed)
-    world = World(planner)
-    names, weights = list(RULES), list(RULES.values())
+    world = World(planner, run)
+    rules = WITH_DELETION if world.deletes else RULES
+    names, weights = list(rules), list(rules.values())
     for rule in dice.choices(names, weights, k=steps):
         happen(world, rule, dice.randrange(1000))
     world.tail()

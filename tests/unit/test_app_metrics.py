@@ -9,7 +9,9 @@ from typing import Any
 from prometheus_client.exposition import generate_latest
 from prometheus_client.parser import text_string_to_metric_families
 
+from trainyard_api.protocol import Checkpoint
 from trainyard_operator.collectors import Internals, InternalsCollector, RunsCollector, Watched, count_changes
+from trainyard_operator.commits import CommitMeter
 from trainyard_operator.metrics import Metrics
 from trainyard_operator.metrics_doc import described, render
 
@@ -106,3 +108,55 @@ def test_each_failure_recovery_and_lost_step_is_counted_once() -> None:
     assert found[("trainyard_lost_steps_total", ())] == 12
     assert found[("trainyard_recovery_seconds_count", ())] == 1
     assert found[("trainyard_recovery_seconds_sum", ())] == 4.5
+
+
+def test_checkpoints_that_were_passed_over_and_deletions_are_counted_once() -> None:
+    metrics = Metrics()
+    begun = {"startTime": "x", "tries": 1}
+    versions = [
+        run("a", attempts=[{"attempt": 2, "passedOver": ""}]),
+        run("a", attempts=[{"attempt": 2, "passedOver": "a shard is truncated"}]),
+        run("a", attempts=[{"attempt": 2, "passedOver": "a shard is truncated"}], cleanup=begun),
+        run("a", cleanup={**begun, "result": "LeftBehind"}),
+        run("a", cleanup={**begun, "result": "LeftBehind", "message": "x"}),
+    ]
+    for old, new in itertools.pairwise(versions):
+        count_changes(metrics, old, new)
+    assert samples(metrics) == {
+        ("trainyard_checkpoints_passed_over_total", ()): 1,
+        ("trainyard_checkpoint_deletions_total", ("LeftBehind",)): 1,
+    }
+
+
+def test_each_commit_is_counted_once_whoever_tells_of_it() -> None:
+    metrics = Metrics()
+    meter = CommitMeter(metrics, lambda uid: {"old": 7}[uid])
+    meter.heard("old", Checkpoint(step=7, seq=7, uri="", time=0.0))
+    assert samples(metrics) == {}, "it was counted by the process before"
+    full = Checkpoint(
+        step=8, seq=8, uri="", time=0.0, reason="auto", bytes=1000, upload_seconds=2.5, stall_seconds=0.25
+    )
+    for _ in range(3):
+        meter.heard("old", full)
+    meter.heard("old", Checkpoint(step=7, seq=7, uri="", time=0.0))
+    meter.heard("old", Checkpoint(step=9, seq=10, uri="", time=0.0, reason="by {injection}"))
+    found = samples(metrics)
+    assert found[("trainyard_checkpoints_committed_total", ("auto",))] == 1
+    assert found[("trainyard_checkpoints_committed_total", ("other",))] == 1
+    assert found[("trainyard_checkpoint_bytes_total", ())] == 1000
+    assert found[("trainyard_checkpoint_upload_seconds_sum", ())] == 2.5
+    assert found[("trainyard_checkpoint_stall_seconds_sum", ())] == 0.25
+    assert found[("trainyard_checkpoint_stall_seconds_count", ())] == 1
+    meter.forget("old")
+    meter.heard("old", full)
+    assert samples(metrics)[("trainyard_checkpoints_committed_total", ("auto",))] == 2, "another run of the UID"
+
+
+def test_nonsense_of_an_agent_is_not_counted() -> None:
+    metrics = Metrics()
+    meter = CommitMeter(metrics, lambda uid: 0)
+    odd = Checkpoint(
+        step=1, seq=1, uri="", time=0.0, bytes=-5, upload_seconds=float("nan"), stall_seconds=float("inf")
+    )
+    meter.heard("a", odd)
+    assert samples(metrics) == {("trainyard_checkpoints_committed_total", ("other",)): 1}

@@ -8,6 +8,7 @@ import pytest
 
 from tests.builders import RUN_UID, SETTINGS, a_run
 from tests.fakes.api import FakeApi, merge
+from trainyard_api.contract import FINALIZER
 from trainyard_api.protocol import Action, Directive
 from trainyard_api.v1alpha1 import Status, TrainingRun
 from trainyard_operator.apply import PARALLEL, Applier, Conflict, merge_diff
@@ -114,6 +115,36 @@ async def test_only_what_changed_is_sent_and_the_answer_is_remembered() -> None:
     assert call.body == {"metadata": {"resourceVersion": rig.run.resource_version}, "status": {"attempt": 2}}
     known = rig.runs.get("team", "demo")
     assert known is not None and known["status"]["attempt"] == 2
+
+
+async def test_finalizers_are_written_whole_and_guarded() -> None:
+    rig = Rig()
+    await rig.applier.apply(rig.run, Plan(finalizers=("other/x", FINALIZER)))
+    (call,) = rig.api.calls
+    assert call.subresource is None
+    version = rig.run.resource_version
+    assert call.body == {"metadata": {"resourceVersion": version, "finalizers": ["other/x", FINALIZER]}}
+    known = rig.runs.get("team", "demo")
+    assert known is not None and known["metadata"]["finalizers"] == ["other/x", FINALIZER]
+
+
+async def test_finalizers_of_a_run_that_has_changed_are_left_alone() -> None:
+    rig = Rig()
+    await rig.api.merge_patch(RUNS, "team", "demo", {"metadata": {"finalizers": ["other/x"]}})
+    with pytest.raises(Conflict):
+        await rig.applier.apply(rig.run, Plan(finalizers=(FINALIZER,), directives=DIRECTIVES))
+    stored = rig.api.peek(RUNS, "team", "demo")
+    assert stored is not None and stored["metadata"]["finalizers"] == ["other/x"] and not rig.sinks.published
+
+
+async def test_a_namespace_that_ends_takes_no_pod_ever() -> None:
+    rig = Rig()
+    message = "unable to create new content in namespace team because it is being terminated"
+    rig.api.fail_next("create", ApiError(403, "Forbidden", message, causes=("NamespaceTerminating",)))
+    applied = await rig.applier.apply(rig.run, Plan(create_pods=(rig.wanted(0),)))
+    assert applied.refused == {"demo-0-1": message} and applied.hopeless == {"demo-0-1"}
+    rig.api.fail_next("create", ApiError(403, "Forbidden", "exceeded quota"))
+    assert not (await rig.applier.apply(rig.run, Plan(create_pods=(rig.wanted(0),)))).hopeless
 
 
 @pytest.mark.parametrize(

@@ -84,6 +84,20 @@ def test_progress_rings_at_most_once_a_second_for_the_whole_run(setup: Setup) ->
     assert setup.registry.members(RUN)["b"].received == setup.clock.now
 
 
+def test_another_commit_is_told_once_by_each_agent() -> None:
+    told: list[tuple[str, int]] = []
+    registry = Registry(
+        on_change=lambda uid: None, clock=FakeClock(), on_commit=lambda uid, commit: told.append((uid, commit.seq))
+    )
+    first, second = (Checkpoint(step=n, seq=n, uri="s3://b/c", time=1.0) for n in (1, 2))
+    registry.hear(RUN, beat(checkpoint=first))
+    registry.hear(RUN, beat(checkpoint=first, attempt=1))
+    registry.hear(RUN, beat("b"))
+    registry.hear(RUN, beat("b", checkpoint=first))
+    registry.hear(RUN, beat(checkpoint=second))
+    assert told == [(RUN, 1), (RUN, 1), (RUN, 2)]
+
+
 def test_an_old_agent_process_is_refused_after_a_new_one_was_heard(setup: Setup) -> None:
     setup.registry.hear(RUN, beat(incarnation="one"))
     setup.registry.hear(RUN, beat(incarnation="two"))

@@ -14,8 +14,9 @@ from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 
-from tests.builders import Planner
-from tests.unit.plan_world import RULES, Violation, World, happen, live
+from tests.builders import Planner, a_run
+from tests.unit.plan_world import RULES, WITH_DELETION, Violation, World, happen, live
+from trainyard_api.contract import FINALIZER
 from trainyard_api.protocol import Action, Directive
 from trainyard_api.v1alpha1 import Status
 from trainyard_operator.plan import Observed, Plan, PlanSettings, plan
@@ -62,6 +63,50 @@ TestAnyLife.settings = settings(
 @pytest.mark.parametrize("seed", range(60))
 def test_random_lives(seed: int) -> None:
     live(plan, seed, 300)
+
+
+DELETES = a_run().with_spec(checkpoint={"uri": "s3://bucket/demo", "deletionPolicy": "Delete"})
+
+
+class AnyEnd(RuleBasedStateMachine):
+    """A run with deletionPolicy Delete, which is deleted at a time that hypothesis chooses."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(run=DELETES)
+
+    @rule(
+        what=st.sampled_from([name for name, weight in WITH_DELETION.items() for _ in range(weight)]),
+        pick=st.integers(0, 59),
+    )
+    def something_happens(self, what: str, pick: int) -> None:
+        happen(self.world, what, pick)
+
+    @rule(pick=st.integers(0, 59))
+    def it_is_deleted_while_the_operator_crashes(self, pick: int) -> None:
+        self.world.delete_run()
+        happen(self.world, "crash_operator", pick)
+
+    def teardown(self) -> None:
+        self.world.delete_run()
+        self.world.tail()
+
+
+TestAnyEnd = AnyEnd.TestCase
+TestAnyEnd.settings = TestAnyLife.settings
+
+
+def test_random_ends() -> None:
+    """Both ends happen: the checkpoints are gone, or the status says that they stay."""
+    results = set()
+    for seed in range(60):
+        world = live(plan, seed, 300, run=DELETES)
+        world.delete_run()
+        world.tail()
+        cleanup = world.status.cleanup
+        results.add(cleanup.result if cleanup is not None else "")
+        assert cleanup is None or cleanup.result == "LeftBehind" or not world.stored
+    assert "Deleted" in results
 
 
 # ---- planners with a bug ----------------------------------------------------------------------------
@@ -216,6 +261,49 @@ MUTANTS: dict[str, Planner] = {
     bug.__name__: before(bug)
     for bug in (forgets_that_the_gang_runs, calls_everybody_silent_at_once, believes_old_news)
 }
+
+
+def lets_go_before_it_cleaned(observed: Observed, _: PlanSettings, good: Plan) -> Plan:
+    if not observed.run.deleting or good.finalizers is not None:
+        return good
+    return Plan(finalizers=(), directives={})
+
+
+def cleans_beside_living_pods(observed: Observed, _: PlanSettings, good: Plan) -> Plan:
+    if not observed.run.deleting or not good.delete_pods:
+        return good
+    number = observed.run.status.cleanup.tries if observed.run.status.cleanup else 0
+    return Plan(create_pods=(CreatePod(name=f"{observed.run.name}-cleanup-{number}", body={}),), directives={})
+
+
+def forgets_the_finalizer(observed: Observed) -> Observed:
+    return replace(observed, run=replace(observed.run, finalizers=(FINALIZER,)))
+
+
+def trusts_any_end(observed: Observed) -> Observed:
+    said = '{"outcome": "deleted"}'
+    return replace(
+        observed,
+        pods=tuple(
+            replace(p, phase="Succeeded", termination_message=said) if "-cleanup-" in p.name else p
+            for p in observed.pods
+        ),
+    )
+
+
+ENDLESS: dict[str, Planner] = {
+    bug.__name__: after(bug)
+    for bug in (lets_go_before_it_cleaned, cleans_beside_living_pods)
+} | {bug.__name__: before(bug) for bug in (forgets_the_finalizer, trusts_any_end)}
+
+
+@pytest.mark.parametrize("name", ENDLESS)
+def test_a_planner_that_deletes_wrongly_is_caught(name: str) -> None:
+    with pytest.raises(Violation):
+        for seed in range(60):
+            world = live(ENDLESS[name], seed, 300, run=DELETES)
+            world.delete_run()
+            world.tail()
 
 
 @pytest.mark.parametrize("name", MUTANTS)

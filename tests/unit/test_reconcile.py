@@ -275,3 +275,58 @@ async def test_the_written_status_is_json_and_small() -> None:
     operator = await training()
     obj = operator.api.peek(RUNS, *KEY)
     assert obj is not None and len(json.dumps(obj["status"], allow_nan=False)) < 8192
+
+
+# ---- deletionPolicy Delete --------------------------------------------------------------------------
+
+DELETES = {"uri": "s3://bucket/demo", "deletionPolicy": "Delete"}
+
+
+async def deleted() -> Operator:
+    """The run is deleted, and its pods have ended."""
+    operator = created(checkpoint=DELETES)
+    await operator.settle()
+    await operator.kubelet()
+    await operator.api.delete(RUNS, "team", "demo")
+    operator.sync()
+    await operator.settle()
+    for pod in operator.api.all(PODS):
+        await operator.api.delete(PODS, "team", pod["metadata"]["name"], grace_seconds=0)
+    operator.sync()
+    return operator
+
+
+async def test_a_run_goes_with_its_checkpoints() -> None:
+    operator = await deleted()
+    await operator.settle()
+    (pod,) = operator.api.all(PODS)
+    assert pod["metadata"]["name"] == "demo-cleanup-1"
+    state = {"terminated": {"exitCode": 0, "message": '{"outcome": "deleted", "message": "all of it"}'}}
+    status = {"phase": "Succeeded", "containerStatuses": [{"name": "cleanup", "state": state}]}
+    await operator.api.merge_patch(PODS, "team", "demo-cleanup-1", {"status": status}, subresource="status")
+    operator.sync()
+    await operator.settle()
+    assert operator.api.peek(RUNS, *KEY) is None
+    assert [r for r, _, _ in operator.events.posted][-1] == "CheckpointsDeleted"
+
+
+async def test_a_run_goes_with_its_namespace(caplog: pytest.LogCaptureFixture) -> None:
+    """Nothing can be created there any more, no pod and no Event: the log says what stays behind."""
+    operator = await deleted()
+    ends = ApiError(403, "Forbidden", "because it is being terminated", causes=("NamespaceTerminating",))
+    operator.api.fail_next("create", ends, times=10)
+    with caplog.at_level(logging.WARNING):
+        await operator.settle()
+    assert operator.api.peek(RUNS, *KEY) is None
+    assert "stay behind" in caplog.text and f"s3://bucket/demo/{RUN_UID}/" in caplog.text
+
+
+async def test_a_cleanup_pod_that_is_refused_is_tried_again_later() -> None:
+    operator = await deleted()
+    operator.api.fail_next("create", ApiError(403, "Forbidden", "exceeded quota"))
+    pause = await operator.settle()
+    assert not operator.api.all(PODS) and pause is not None
+    await operator.clock.advance(pause)
+    operator.sync()
+    await operator.settle()
+    assert [p["metadata"]["name"] for p in operator.api.all(PODS)] == ["demo-cleanup-1"]

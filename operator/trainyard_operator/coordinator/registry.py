@@ -13,7 +13,7 @@ import json
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, field
 
-from trainyard_api.protocol import Action, Beat, Directive
+from trainyard_api.protocol import Action, Beat, Checkpoint, Directive
 from trainyard_operator.clock import Clock
 from trainyard_operator.plan.model import Member
 
@@ -94,7 +94,8 @@ class Registry:
 
     `on_change(run_uid)` is called when a beat may change a decision: at once for phase, attempt, readiness,
     failure, checkpoint, resume, a new process or a first beat; for mere progress at most every
-    `progress_interval` seconds and run. It must not block.
+    `progress_interval` seconds and run. `on_commit(run_uid, checkpoint)` is called when an agent tells of another
+    commit than before; agents of one run tell of the same ones. Neither may block.
     """
 
     def __init__(
@@ -103,8 +104,10 @@ class Registry:
         on_change: Callable[[str], None],
         clock: Clock,
         progress_interval: float = 1.0,
+        on_commit: Callable[[str, Checkpoint], None] | None = None,
     ) -> None:
         self._on_change = on_change
+        self._on_commit = on_commit
         self._clock = clock
         self._progress_interval = progress_interval
         self._runs: dict[str, _Run] = {}
@@ -123,6 +126,7 @@ class Registry:
         agent = run.agents.get(beat.pod_uid)
         if agent is None:
             run.agents[beat.pod_uid] = _Agent(member, first_publish=run.publishes)
+            self._tell_commit(run_uid, beat.checkpoint, None)
             self._ring(run_uid, run, now)
             return
         before = agent.member.beat
@@ -131,6 +135,7 @@ class Registry:
                 raise SupersededError(beat.pod_name)
             agent.superseded = [*agent.superseded, before.incarnation][-MAX_SUPERSEDED:]
         agent.member = member
+        self._tell_commit(run_uid, beat.checkpoint, before.checkpoint)
         minor = beat.progress != before.progress or beat.warnings != before.warnings
         if _decisive(beat) != _decisive(before) or (minor and now - run.last_ring >= self._progress_interval):
             self._ring(run_uid, run, now)
@@ -226,6 +231,10 @@ class Registry:
         for run in self._runs.values():
             for agent in run.agents.values():
                 agent.wake()
+
+    def _tell_commit(self, run_uid: str, now: Checkpoint | None, before: Checkpoint | None) -> None:
+        if self._on_commit is not None and now is not None and now != before:
+            self._on_commit(run_uid, now)
 
     def _ring(self, run_uid: str, run: _Run, now: float) -> None:
         run.last_ring = now

@@ -43,12 +43,21 @@ CRDS = Resource("apiextensions.k8s.io", "v1", "customresourcedefinitions", names
 class ApiError(Exception):
     """An answer other than 2xx, or (status 0) no answer within the time-out."""
 
-    def __init__(self, status: int, reason: str, message: str, retry_after: float | None = None) -> None:
+    def __init__(
+        self,
+        status: int,
+        reason: str,
+        message: str,
+        retry_after: float | None = None,
+        causes: tuple[str, ...] = (),
+    ) -> None:
+        """`causes`: reasons in `details.causes` of a metav1.Status."""
         super().__init__(f"{status} {reason}: {message}")
         self.status = status
         self.reason = reason
         self.message = message
         self.retry_after = retry_after
+        self.causes = causes
 
 
 @dataclass(frozen=True, slots=True)

@@ -240,7 +240,8 @@ async def _failure(response: aiohttp.ClientResponse) -> ApiError:
 
 def _status_error(status: Object, code: int, header: str | None) -> ApiError:
     """From a metav1.Status. `header` is Retry-After (only its form in seconds is used by API servers)."""
-    retry_after = (status.get("details") or {}).get("retryAfterSeconds")
+    details = status.get("details") or {}
+    retry_after = details.get("retryAfterSeconds")
     if header is not None and header.isdigit():
         retry_after = header
     return ApiError(
@@ -248,6 +249,7 @@ def _status_error(status: Object, code: int, header: str | None) -> ApiError:
         str(status.get("reason") or "Unknown"),
         str(status.get("message") or ""),
         float(retry_after) if retry_after else None,
+        tuple(str(c.get("reason", "")) for c in details.get("causes") or ()),
     )
 
 

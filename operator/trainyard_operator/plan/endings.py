@@ -55,7 +55,7 @@ def fail(view: View, status: Status, reason: Reason, message: str, cause: Cause 
 def finished(view: View) -> Plan | None:
     """After the end: agents exit, pods stay for their logs, what does not end is deleted, and the TTL runs.
 
-    The status is never written again.
+    The status is never written again (but for `cleanup`, when the run is deleted: plan/cleanup.py).
     """
     if not view.status.finished:
         return None

@@ -64,6 +64,8 @@ class Refusal:
     message: str
     retry_at: float
     """Unix seconds; not asked for again before."""
+    hopeless: bool = False
+    """No pod will be taken any more: the namespace is being deleted."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -136,5 +138,7 @@ class Plan:
     events: tuple[EventNote, ...] = ()
     delete_run: bool = False
     """TTL has passed."""
+    finalizers: tuple[str, ...] | None = None
+    """The run's finalizers from now on, all of them. A plan that changes them does nothing else."""
     requeue_after: float | None = None
     """Seconds until it must be looked at again though nothing happens; None: not needed."""

@@ -12,6 +12,7 @@ from dataclasses import replace
 from trainyard_api.contract import OPERATOR_NAME, ConditionType, Phase, Reason
 from trainyard_api.v1alpha1 import Cause, Status
 from trainyard_operator.plan import attempts, directives, status
+from trainyard_operator.plan.cleanup import being_deleted, guarded
 from trainyard_operator.plan.deadlines import Soonest, look_again, overdue
 from trainyard_operator.plan.endings import completed, fail, finished
 from trainyard_operator.plan.failures import Finding, findings, root_cause, still_waiting
@@ -28,11 +29,6 @@ from trainyard_operator.plan.view import View, entry_of
 def not_ours(view: View) -> Plan | None:
     """Somebody else manages the run: nothing of it is touched, and its agents are told nothing."""
     return Plan() if view.spec.managed_by != OPERATOR_NAME else None
-
-
-def being_deleted(view: View) -> Plan | None:
-    """The garbage collector takes the pods with the run (ownerReferences); the agents exit."""
-    return Plan(directives={}) if view.run.deleting else None
 
 
 def expired(view: View) -> Plan | None:
@@ -199,6 +195,7 @@ def _created_event(view: View, creates: tuple[CreatePod, ...]) -> tuple[EventNot
 PHASES: tuple[Callable[[View], Plan | None], ...] = (
     not_ours,
     being_deleted,
+    guarded,
     finished,
     completed,
     expired,

@@ -22,6 +22,21 @@ DEFAULT_SHM = "2Gi"
 """Size of /dev/shm when the container has no memory limit (DataLoader workers pass batches through it)."""
 SHM_DIR = "/dev/shm"  # noqa: S108 - a path in the pod
 TMP_DIR = "/tmp"  # noqa: S108 - a path in the pod
+POD_SECURITY = {
+    "runAsNonRoot": True,
+    "runAsUser": USER_ID,
+    "runAsGroup": USER_ID,
+    "fsGroup": USER_ID,
+    "fsGroupChangePolicy": "OnRootMismatch",
+    "seccompProfile": {"type": "RuntimeDefault"},
+}
+CONTAINER_SECURITY = {
+    "allowPrivilegeEscalation": False,
+    "readOnlyRootFilesystem": True,
+    "runAsNonRoot": True,
+    "capabilities": {"drop": ["ALL"]},
+}
+"""With POD_SECURITY: Pod Security `restricted`, and a read-only root."""
 
 
 def desired_pod(run: TrainingRun, index: int, settings: PlanSettings) -> dict[str, Any]:
@@ -35,18 +50,9 @@ def desired_pod(run: TrainingRun, index: int, settings: PlanSettings) -> dict[st
             "namespace": run.namespace,
             "labels": _labels(run, index, attempt),
             "annotations": {"kubectl.kubernetes.io/default-container": contract.CONTAINER},
-            "ownerReferences": [
-                {
-                    "apiVersion": contract.API_VERSION,
-                    "kind": contract.KIND,
-                    "name": run.name,
-                    "uid": run.uid,
-                    "controller": True,
-                    "blockOwnerDeletion": True,
-                }
-            ],
+            "ownerReferences": [owned_by(run)],
         },
-        "spec": _without_none(
+        "spec": without_none(
             {
                 "restartPolicy": "Never",
                 "enableServiceLinks": False,
@@ -57,16 +63,9 @@ def desired_pod(run: TrainingRun, index: int, settings: PlanSettings) -> dict[st
                 "nodeSelector": spec.node_selector or None,
                 "affinity": spec.affinity,
                 "topologySpreadConstraints": None if spec.affinity else [_one_a_node(run)],
-                "tolerations": _tolerations(spec),
+                "tolerations": tolerations(spec),
                 "imagePullSecrets": [{"name": ref.name} for ref in spec.image_pull_secrets] or None,
-                "securityContext": {
-                    "runAsNonRoot": True,
-                    "runAsUser": USER_ID,
-                    "runAsGroup": USER_ID,
-                    "fsGroup": USER_ID,
-                    "fsGroupChangePolicy": "OnRootMismatch",
-                    "seccompProfile": {"type": "RuntimeDefault"},
-                },
+                "securityContext": POD_SECURITY,
                 "volumes": _volumes(spec),
                 "containers": [_container(run, index, settings)],
             }
@@ -84,21 +83,37 @@ def _one_a_node(run: TrainingRun) -> dict[str, Any]:
     }
 
 
-def _labels(run: TrainingRun, index: int, attempt: int) -> dict[str, str]:
+def owned_by(run: TrainingRun) -> dict[str, Any]:
+    """The controlling ownerReference of every pod of a run: the garbage collector takes them with it."""
+    return {
+        "apiVersion": contract.API_VERSION,
+        "kind": contract.KIND,
+        "name": run.name,
+        "uid": run.uid,
+        "controller": True,
+        "blockOwnerDeletion": True,
+    }
+
+
+def run_labels(run: TrainingRun, component: str) -> dict[str, str]:
+    """Labels of every pod of a run."""
     return {
         contract.LABEL_NAME: contract.MANAGED_BY,
-        contract.LABEL_COMPONENT: contract.CONTAINER,
+        contract.LABEL_COMPONENT: component,
         contract.LABEL_MANAGED_BY: contract.MANAGED_BY,
         contract.LABEL_RUN: label_value(run.name),
         contract.LABEL_RUN_UID: run.uid,
-        contract.LABEL_NODE_INDEX: str(index),
-        contract.LABEL_ATTEMPT: str(attempt),
     }
+
+
+def _labels(run: TrainingRun, index: int, attempt: int) -> dict[str, str]:
+    place = {contract.LABEL_NODE_INDEX: str(index), contract.LABEL_ATTEMPT: str(attempt)}
+    return run_labels(run, contract.CONTAINER) | place
 
 
 def _container(run: TrainingRun, index: int, settings: PlanSettings) -> dict[str, Any]:
     spec = run.spec
-    return _without_none(
+    return without_none(
         {
             "name": contract.CONTAINER,
             "image": spec.image,
@@ -107,18 +122,13 @@ def _container(run: TrainingRun, index: int, settings: PlanSettings) -> dict[str
             "workingDir": spec.working_dir,
             "env": container_env(run, index, settings),
             "envFrom": spec.env_from or None,
-            "resources": _without_none(
+            "resources": without_none(
                 {"requests": spec.resources.requests or None, "limits": spec.resources.limits or None}
             ),
             "volumeMounts": _mounts(spec),
             "terminationMessagePath": contract.TERMINATION_LOG,
             "terminationMessagePolicy": "File",
-            "securityContext": {
-                "allowPrivilegeEscalation": False,
-                "readOnlyRootFilesystem": True,
-                "runAsNonRoot": True,
-                "capabilities": {"drop": ["ALL"]},
-            },
+            "securityContext": CONTAINER_SECURITY,
         }
     )
 
@@ -155,18 +165,24 @@ def _staging(spec: Spec) -> dict[str, Any]:
     """The volume that checkpoints are staged in, and kept in as the local tier."""
     local = spec.checkpoint.local
     limit = local.size_limit
-    return _without_none({"medium": local.medium or None, "sizeLimit": None if limit is None else str(limit)})
+    return without_none({"medium": local.medium or None, "sizeLimit": None if limit is None else str(limit)})
 
 
 def _volumes(spec: Spec) -> list[dict[str, Any]]:
-    return [{"name": name, **source} for name, source, _ in _own_volumes(spec)] + [
-        {"name": volume.name, **_source(volume)} for volume in spec.volumes
-    ]
+    return [{"name": name, **source} for name, source, _ in _own_volumes(spec)] + user_volumes(spec)
+
+
+def user_volumes(spec: Spec) -> list[dict[str, Any]]:
+    return [{"name": volume.name, **_source(volume)} for volume in spec.volumes]
 
 
 def _mounts(spec: Spec) -> list[dict[str, Any]]:
-    return [{"name": name, **mount} for name, _, mount in _own_volumes(spec)] + [
-        _without_none(
+    return [{"name": name, **mount} for name, _, mount in _own_volumes(spec)] + user_mounts(spec)
+
+
+def user_mounts(spec: Spec) -> list[dict[str, Any]]:
+    return [
+        without_none(
             {
                 "name": volume.name,
                 "mountPath": volume.mount_path,
@@ -189,7 +205,7 @@ def _source(volume: Volume) -> dict[str, Any]:
     return chosen or {"emptyDir": {}}
 
 
-def _tolerations(spec: Spec) -> list[dict[str, Any]]:
+def tolerations(spec: Spec) -> list[dict[str, Any]]:
     """The user's, and short ones for dead nodes unless he speaks of them himself."""
     own = [
         {"key": key, "operator": "Exists", "effect": "NoExecute", "tolerationSeconds": UNREACHABLE_SECONDS}
@@ -204,5 +220,5 @@ def _covers(toleration: dict[str, Any], key: str) -> bool:
     return toleration.get("key") in (key, None, "") and toleration.get("effect") in ("NoExecute", None, "")
 
 
-def _without_none(fields: dict[str, Any]) -> dict[str, Any]:
+def without_none(fields: dict[str, Any]) -> dict[str, Any]:
     return {key: value for key, value in fields.items() if value is not None}

@@ -13,6 +13,8 @@ from trainyard_operator.plan.view import View
 
 MAX_URI = 2048
 """Characters of an address in the status."""
+MAX_REASON = 64
+"""Characters of what a checkpoint was made for."""
 
 
 def beats_of_attempt(view: View) -> Iterator[Beat]:
@@ -91,6 +93,11 @@ def _speed(number: float | None) -> float | None:
     return value if value is None or value >= 0 else None
 
 
+def _duration(seconds: float | None) -> float | None:
+    value = _speed(seconds)
+    return None if value is None else round(value, 3)
+
+
 def _stepped(view: View, beat: Beat) -> bool:
     if beat.phase == AgentPhase.RUNNING:
         return True
@@ -125,4 +132,8 @@ def _checkpoint(view: View) -> CheckpointStatus | None:
         seq=whole(best.seq) or 0,
         uri=clean(best.uri, MAX_URI),
         time=rfc3339(within(best.time, 0.0, view.now)),
+        reason=clean(best.reason, MAX_REASON),
+        bytes=whole(best.bytes),
+        upload_seconds=_duration(best.upload_seconds),
+        stall_seconds=_duration(best.stall_seconds),
     )
