@@ -12,6 +12,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.fakes.thread_peers import ThreadPeers, run_ranks
 from trainyard.checkpoint import reader as reader_module
 from trainyard.checkpoint.errors import NotFound, ShardInvalid
 from trainyard.checkpoint.format import digest as digests
@@ -234,3 +235,64 @@ def test_parts_are_read_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) ->
     load_state(CheckpointReader(record, [Counting(tmp_path)]), 0)
     assert len(seen) == len(set(seen))
     assert reader_module.WORKERS > 1
+
+
+# ---- together
+
+
+class Counted(FolderSource):
+    """Which parts were read, by all ranks."""
+
+    def __init__(self, root: Path, seen: list[tuple[str, int]]) -> None:
+        super().__init__(root)
+        self._seen = seen
+
+    def read_into(self, shard: Shard, begin: int, buffer: memoryview) -> None:
+        self._seen.append((shard.key, begin))
+        super().read_into(shard, begin, buffer)
+
+
+@pytest.mark.parametrize(("saved", "now"), [(1, 3), (3, 3), (5, 2), (2, 5)])
+def test_what_all_ranks_want_is_read_once_by_one_of_them(tmp_path: Path, saved: int, now: int) -> None:
+    record = commit(tmp_path, STATE, saved)
+    seen: list[tuple[str, int]] = []
+
+    def load(peers: ThreadPeers) -> Any:
+        reader = CheckpointReader(record, [Counted(tmp_path, seen)])
+        return load_state(reader, peers.rank, peers=peers)
+
+    for rank, state in enumerate(run_ranks(now, load)):
+        assert not isinstance(state, Exception), state
+        assert torch.equal(state.main["w"], STATE["w"]) and torch.equal(state.main["h"], STATE["h"])
+        assert state.own == ({"number": rank} if rank < saved else None)
+    assert sorted(seen) == sorted(set(seen))
+
+
+@pytest.mark.parametrize("part", [0, 1, 2, 3])
+def test_damage_that_one_rank_finds_stops_all_at_the_same_place(tmp_path: Path, part: int) -> None:
+    record = commit(tmp_path, STATE, 3)
+    shard = record.shards[1]
+    flip(tmp_path / shard.key, min(part * shard.part_size + 5, shard.size - 1))
+
+    def load(peers: ThreadPeers) -> Any:
+        return load_state(CheckpointReader(record, [FolderSource(tmp_path)]), peers.rank, peers=peers)
+
+    found = run_ranks(3, load)
+    assert all(isinstance(error, ShardInvalid) for error in found), found
+    assert "SHA-256" in str(found[1])
+
+
+def test_a_rank_that_cannot_use_it_keeps_no_other_waiting(tmp_path: Path) -> None:
+    record = commit(tmp_path, STATE, 2)
+
+    def load(peers: ThreadPeers) -> Any:
+        def layout(_: dict[str, Any]) -> Any:
+            if peers.rank == 1:
+                raise ShardInvalid("not for me")
+            return lambda name, shape: None
+
+        return load_state(CheckpointReader(record, [FolderSource(tmp_path)]), peers.rank, layout, peers)
+
+    found = run_ranks(2, load)
+    assert [type(e) for e in found] == [ShardInvalid, ShardInvalid]
+    assert "another rank" in str(found[0])

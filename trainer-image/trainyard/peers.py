@@ -5,7 +5,10 @@ from __future__ import annotations
 
 import json
 from datetime import timedelta
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
+
+if TYPE_CHECKING:
+    import torch
 
 CONTROL_TIMEOUT = timedelta(minutes=30)
 """Bounds what one rank may do while the others wait for it: fetch a checkpoint, prepare data, see a commit through
@@ -30,6 +33,11 @@ class Peers(Protocol):
         """Whether any rank says so."""
         ...
 
+    def share(self, buffer: torch.Tensor, owner: int, *, whole: bool = True) -> bool:
+        """Rank `owner`'s bytes, in every rank's `buffer` (1-D, uint8, of one size). False, and no bytes, if the owner says
+        that they are not `whole`; what the others say does not count."""
+        ...
+
 
 class Alone:
     """A world of one."""
@@ -45,6 +53,9 @@ class Alone:
 
     def any(self, flag: bool) -> bool:
         return flag
+
+    def share(self, buffer: torch.Tensor, owner: int, *, whole: bool = True) -> bool:
+        return whole
 
 
 class GlooPeers:
@@ -89,6 +100,17 @@ class GlooPeers:
         tensor = torch.tensor([int(flag)], dtype=torch.int32)
         dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self.group)
         return bool(tensor)
+
+    def share(self, buffer: torch.Tensor, owner: int, *, whole: bool = True) -> bool:
+        import torch
+        import torch.distributed as dist
+
+        said = torch.tensor([int(whole)], dtype=torch.uint8)
+        dist.broadcast(said, src=owner, group=self.group)
+        if not bool(said):
+            return False
+        dist.broadcast(buffer, src=owner, group=self.group)
+        return True
 
 
 def _tensor(data: bytes) -> Any:

@@ -51,6 +51,7 @@ class Checkpointer:
         self._attempt = 0
         self._parent = 0
         self._committed_step = -1
+        self._staged_step = -1
         self._changed = False
         self.triggers = Triggers(config, peers)
         self.deadline = Deadline()
@@ -88,11 +89,11 @@ class Checkpointer:
             self._started(None)
         return opened
 
-    def load(self, layout: Layout) -> Loaded | None:
-        """Collective, after `open` found something: its tensors. None: the beginning."""
+    def load(self, layout: Layout, *, shared: bool = False) -> Loaded | None:
+        """Collective, after `open` found something: its tensors. None: the beginning. `shared`: see `Resumption.load`."""
         if self._resumption is None:
             raise RuntimeError("open() comes first")
-        loaded = self._resumption.load(layout)
+        loaded = self._resumption.load(layout, shared=shared)
         self._started(loaded)
         return loaded
 
@@ -159,6 +160,31 @@ class Checkpointer:
             f"{failure['reason'] if failure else 'no reason known'}"
         )
 
+    def leave(
+        self, step: int, cursor: Cursor, payload: MakePayload, *, seconds: float, size: int, reason: str = "stop",
+        metrics: Mapping[str, float] | None = None,
+    ) -> str:  # fmt: skip
+        """Collective: `finish`, if there is time for it; else only the save in flight, if there is time for that.
+
+        `seconds`: what is left, by rank 0's count; `size`: bytes of this rank's shard. What keeps `step` from being
+        committed, as a sentence's part; empty: it is. Raises as `finish`.
+        """
+        self._look()
+        plan = self.deadline.plan(seconds, size)
+        done = step in (self._committed_step, self._staged_step) and not self._changed
+        begins, awaits = self._peers.broadcast([plan.saves or done, plan.awaits])
+        if begins:
+            self.finish(step, cursor, payload, reason=reason, metrics=metrics)
+            return ""
+        if awaits:
+            self._await_commit()
+        newest = self._committed_step
+        stands = (
+            f"the newest checkpoint is that of step {newest}" if newest >= 0 else "there is no checkpoint"
+        )
+        why: str = self._peers.broadcast(f"{plan.why}; {stands}, {step - max(newest, 0)} steps are lost")
+        return why
+
     def emergency(
         self, step: int, cursor: Cursor, payload: MakePayload, *, reason: str, seconds: float,
         metrics: Mapping[str, float] | None = None,
@@ -210,13 +236,17 @@ class Checkpointer:
             return
         head = None
         if peers.rank == 0:
+            life = self.triggers.life
             head = Record(
                 kind="commit", seq=0, run=self._run, attempt=self._attempt, step=step, time=time.time(), cursor=cursor,
                 parent=self._parent, versions=self._versions, world_size=peers.world, reason=reason,
                 metrics={k: v for k, v in (metrics or {}).items() if math.isfinite(v)},
-                stall_seconds=round(time.monotonic() - begin, 6),
+                stall_seconds=round(time.monotonic() - begin, 6), alive_seconds=round(life.seconds, 3),
+                failures=life.failures,
             )  # fmt: skip
         uploads.submit(Staged(**names, path=str(file.path), size=file.size, record=head))
+        self._staged_step = step
+        self.deadline.begun()
 
     def _await_commit(self) -> dict[str, Any] | None:
         """Collective: see the save in flight through; what rank 0 heard if it failed."""
@@ -243,6 +273,8 @@ class Checkpointer:
         elif outcome.op == "dropped":
             if outcome.code == int(ExitCode.FENCED) and not final:
                 raise Fenced(outcome.reason)
+            self._staged_step = -1
+            self.deadline.dropped()
             log.warning("the checkpoint of step %d was not committed: %s", outcome.step, outcome.reason)
         if outcome.op != "dropped":
             self.triggers.committed(outcome.seconds)

@@ -6,10 +6,13 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainyard.checkpoint.errors import ShardInvalid
+from trainyard.checkpoint.errors import CheckpointError, ShardInvalid
 from trainyard.checkpoint.format.geometry import Box, Index, piece
+from trainyard.checkpoint.format.runs import Run
 from trainyard.checkpoint.format.tree import Ref, refs, unflatten
 from trainyard.checkpoint.reader import CheckpointReader, Request
+from trainyard.peers import Peers
+from trainyard_api.checkpoints import Shard
 
 if TYPE_CHECKING:
     import torch
@@ -36,13 +39,41 @@ def whole(_: dict[str, Any]) -> Callable[[str, Index], torch.Tensor | None]:
     return lambda name, shape: None
 
 
-def load_state(reader: CheckpointReader, rank: int, layout: Layout = whole) -> State:
-    """Everything that this rank needs, and of sharded tensors no more. Raises ShardInvalid, StoreError."""
-    world = reader.record.world_size
+def load_state(
+    reader: CheckpointReader, rank: int, layout: Layout = whole, peers: Peers | None = None
+) -> State:
+    """Everything that this rank needs, and of sharded tensors no more. Raises ShardInvalid, StoreError.
+
+    With `peers` it is collective, for ranks that all want most of it: each part is read by one of them.
+    """
+    if peers is not None:
+        reader.share_headers(peers)
+    error: CheckpointError | None = None
+    try:
+        prepared = _prepare(reader, rank, layout)
+    except CheckpointError as problem:
+        error = problem
+    if peers is not None and peers.any(error is not None):
+        raise error or ShardInvalid(f"another rank cannot use the checkpoint of step {reader.record.step}")
+    if error is not None:
+        raise error
+    trees, tensors, plan = prepared
+    reader.fetch(plan, peers)
+    state = {key: unflatten(tree, lambda ref: tensors[ref.name]) for key, tree in trees.items()}
+    for key, value in state.items():
+        if not isinstance(value, dict):
+            raise ShardInvalid(f"step {reader.record.step}: {key!r} is no dict")
+    return State(main=state["main"], own=state.get("own"), first=state["first"])
+
+
+def _prepare(
+    reader: CheckpointReader, rank: int, layout: Layout
+) -> tuple[dict[str, Any], dict[str, torch.Tensor], list[tuple[Shard, Run]]]:
+    """(skeletons, memory for the tensors by name, what goes there)."""
     trees: dict[str, Any] = {"main": reader.tree("checkpoint"), "first": reader.tree("rank")}
     if rank == 0:
         trees["own"] = trees["first"]
-    elif rank < world:
+    elif rank < reader.record.world_size:
         trees["own"] = reader.tree("rank", rank)
     like = layout(unflatten(trees["main"], lambda ref: None))
     wanted = {ref.name: ref for tree in trees.values() for ref in refs(tree)}
@@ -54,12 +85,7 @@ def load_state(reader: CheckpointReader, rank: int, layout: Layout = whole) -> S
     for ref in wanted.values():
         tensors[ref.name], request = _target(ref, like(ref.name, ref.shape))
         requests += request
-    reader.load(requests, first=rank)
-    state = {key: unflatten(tree, lambda ref: tensors[ref.name]) for key, tree in trees.items()}
-    for key, value in state.items():
-        if not isinstance(value, dict):
-            raise ShardInvalid(f"step {reader.record.step}: {key!r} is no dict")
-    return State(main=state["main"], own=state.get("own"), first=state["first"])
+    return trees, tensors, reader.plan(requests, first=rank)
 
 
 def _target(ref: Ref, like: torch.Tensor | None) -> tuple[torch.Tensor, list[Request]]:

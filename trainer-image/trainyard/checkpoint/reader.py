@@ -14,13 +14,15 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreUnavailable
+from trainyard.checkpoint.errors import CheckpointError, NotFound, ShardInvalid, StoreUnavailable
 from trainyard.checkpoint.format.digest import Descriptor, digest
 from trainyard.checkpoint.format.geometry import Box, Index
 from trainyard.checkpoint.format.runs import Run, runs_of
 from trainyard.checkpoint.format.shardfile import Header, header_length, read_header
 from trainyard.checkpoint.retry import with_retries
+from trainyard.checkpoint.sharing import Item, hand_round
 from trainyard.checkpoint.sources import Source
+from trainyard.peers import Peers
 from trainyard_api.checkpoints import Record, Shard
 
 if TYPE_CHECKING:
@@ -31,6 +33,8 @@ log = logging.getLogger("trainyard.checkpoint")
 PATIENCE_SECONDS = 10.0
 """How long a source may be unreachable before the next one is asked."""
 WORKERS = 8
+Parts = dict[tuple[str, int], tuple[Shard, list[Run]]]
+"""By key and number of the part: what it is for."""
 _KEPT_HEADS = 64 << 20
 """Bytes of verified beginnings of shards that are kept between the reading of headers and of tensors."""
 
@@ -58,11 +62,43 @@ class CheckpointReader:
         self._heads: dict[tuple[str, int], bytes] = {}
         self._at: dict[str, int] = {}
         """By key: the source that is asked first; those before it have failed."""
+        self._why: dict[str, CheckpointError] = {}
+        """By key: what the last source that was asked lacked."""
         self._descriptors: dict[tuple[str, int], Descriptor] = {}
         self.bytes_read: Counter[str] = Counter()
         """By the source's name."""
 
     # ---- headers
+
+    def share_headers(self, peers: Peers) -> None:
+        """Collective: the beginning of each shard is read by one rank, and kept by all as far as there is room."""
+        shards = self.record.shards
+        beginnings: dict[str, bytes] = {shard.key: b"" for shard in shards}
+        room = _KEPT_HEADS
+
+        def item(shard: Shard, number: int) -> Item:
+            nonlocal room
+            size = min(shard.part_size, shard.size - number * shard.part_size)
+            room -= size
+            keep = room >= 0
+
+            def take(data: memoryview) -> None:
+                have = beginnings[shard.key] + bytes(data)
+                beginnings[shard.key] = have[: header_length(have, shard.size)]
+                if keep:
+                    self._heads[shard.key, number] = bytes(data)
+
+            def fetch(buffer: memoryview) -> None:
+                self._part(shard, number, buffer)
+
+            return Item(shard.rank % peers.world, size, fetch, take)
+
+        hand_round([item(shard, 0) for shard in shards], peers)
+        lengths = {shard.key: header_length(beginnings[shard.key], shard.size) for shard in shards}
+        parts = {shard.key: -(-lengths[shard.key] // shard.part_size) for shard in shards}
+        hand_round([item(shard, number) for shard in shards for number in range(1, parts[shard.key])], peers)
+        for shard in shards:
+            self._headers[shard.rank] = self._parse(shard, beginnings[shard.key])
 
     def header(self, rank: int) -> Header:
         """Of the shard that rank `rank` wrote."""
@@ -89,7 +125,12 @@ class CheckpointReader:
     # ---- tensors
 
     def load(self, requests: Iterable[Request], *, first: int | None = None) -> None:
-        """Fill all targets. `first`: the rank whose shard probably has them; the others' headers are read if it has not."""
+        """`plan` and `fetch`."""
+        self.fetch(self.plan(requests, first=first))
+
+    def plan(self, requests: Iterable[Request], *, first: int | None = None) -> list[tuple[Shard, Run]]:
+        """Where all targets' contents are. `first`: the rank whose shard probably has them; the others' headers are read if
+        it has not. Raises ShardInvalid if the checkpoint has not."""
         pending = list(requests)
         wanted: list[tuple[Shard, Run]] = []
         if first is not None and first < self.record.world_size:
@@ -97,7 +138,14 @@ class CheckpointReader:
         if pending:
             self.headers()
             self._plan(pending, range(self.record.world_size), wanted, final=True)
-        self._fetch(wanted)
+        return wanted
+
+    def fetch(self, wanted: list[tuple[Shard, Run]], peers: Peers | None = None) -> None:
+        """Fill the targets of a plan. With `peers` it is collective: what all ranks want, one of them reads."""
+        parts = _by_part(wanted)
+        if peers is not None:
+            parts = self._fetch_together(parts, peers)
+        self._fetch(parts)
         for _, run in wanted:
             run.finish()
         self._heads.clear()
@@ -127,11 +175,33 @@ class CheckpointReader:
                 left.append(request)
         return left
 
-    def _fetch(self, wanted: list[tuple[Shard, Run]]) -> None:
-        parts: dict[tuple[str, int], tuple[Shard, list[Run]]] = {}
-        for shard, run in wanted:
-            for number in range(run.begin // shard.part_size, -(-run.end // shard.part_size)):
-                parts.setdefault((shard.key, number), (shard, []))[1].append(run)
+    def _fetch_together(self, parts: Parts, peers: Peers) -> Parts:
+        """The parts that not all ranks want."""
+        numbers = {shard.key: shard.rank for shard in self.record.shards}
+        everybody = peers.gather(
+            [[numbers[key], part] for key, part in parts if (key, part) not in self._heads]
+        )
+        common = set.intersection(*({(rank, part) for rank, part in wanted} for wanted in everybody))
+        # One part of each shard in turn: so all ranks read at the same time.
+        order = sorted(common, key=lambda item: (item[1], item[0]))
+
+        def item(rank: int, number: int) -> Item:
+            shard = self._shard(rank)
+            begin = number * shard.part_size
+
+            def take(data: memoryview) -> None:
+                for run in parts[shard.key, number][1]:
+                    run.take(begin, data)
+
+            def fetch(buffer: memoryview) -> None:
+                self._part(shard, number, buffer)
+
+            return Item(rank % peers.world, min(shard.part_size, shard.size - begin), fetch, take)
+
+        hand_round([item(rank, number) for rank, number in order], peers)
+        return {key: part for key, part in parts.items() if (numbers[key[0]], key[1]) not in common}
+
+    def _fetch(self, parts: Parts) -> None:
         local = threading.local()
 
         def work(item: tuple[tuple[str, int], tuple[Shard, list[Run]]]) -> None:
@@ -161,6 +231,10 @@ class CheckpointReader:
         length = header_length(beginning, shard.size)
         for number in range(1, -(-length // shard.part_size)):
             beginning += self._head(shard, number)
+        return self._parse(shard, beginning)
+
+    @staticmethod
+    def _parse(shard: Shard, beginning: bytes) -> Header:
         try:
             return read_header(beginning, shard.size)
         except ShardInvalid as error:
@@ -181,7 +255,7 @@ class CheckpointReader:
         if kept is not None:
             buffer[:] = kept
             return
-        reasons: list[Exception] = []
+        reasons: list[CheckpointError] = []
         for index in range(self._at.get(shard.key, 0), len(self._sources)):
             source = self._sources[index]
             try:
@@ -200,10 +274,10 @@ class CheckpointReader:
                 log.info("%s source: %s; the next one is asked", source.name, reasons[-1])
             with self._lock:
                 self._at[shard.key] = max(self._at.get(shard.key, 0), index + 1)
-        if not reasons:  # another thread found the last source wanting, for the same shard
-            raise ShardInvalid(f"{shard.key}: no source has it whole")
-        # The last source is the truth; what the copies lack says nothing about the checkpoint.
-        raise reasons[-1]
+                self._why[shard.key] = reasons[-1]
+        # The last source is the truth; what the copies lack says nothing about the checkpoint. If no source was left to ask,
+        # another thread found the last one wanting.
+        raise self._why[shard.key]
 
     def _descriptor(self, source: Source, index: int, shard: Shard) -> Descriptor:
         with self._lock:
@@ -224,6 +298,14 @@ class CheckpointReader:
             except BaseException:
                 pool.shutdown(wait=False, cancel_futures=True)
                 raise
+
+
+def _by_part(wanted: list[tuple[Shard, Run]]) -> Parts:
+    parts: Parts = {}
+    for shard, run in wanted:
+        for number in range(run.begin // shard.part_size, -(-run.end // shard.part_size)):
+            parts.setdefault((shard.key, number), (shard, []))[1].append(run)
+    return parts
 
 
 def _patiently(call: Callable[[], Any]) -> Any:

@@ -24,6 +24,7 @@ from trainyard.checkpoint.errors import (
     from_wire,
     to_wire,
 )
+from trainyard.checkpoint.format.tree import unflatten
 from trainyard.checkpoint.loading import Layout, State, load_state
 from trainyard.checkpoint.policy import candidates, fence_reason
 from trainyard.checkpoint.reader import PATIENCE_SECONDS, CheckpointReader
@@ -90,11 +91,12 @@ class Resumption:
         """None: the attempt begins from the beginning; its fence is written."""
         return self._open(self.tier.known_records() if self._peers.rank == 0 else None)
 
-    def load(self, layout: Layout) -> Loaded | None:
+    def load(self, layout: Layout, *, shared: bool = False) -> Loaded | None:
         """What `open` found, or, where that turns out to be damaged or is not the newest any more, what it is to be
         instead; None: from the beginning, because the policy allows it and no commit was ever made.
 
-        The fence is only written when the record that was loaded is still the newest.
+        The fence is only written when the record that was loaded is still the newest. `shared`: all ranks want most of it,
+        as `layout` says, so that each part is read by one of them.
         """
         for _ in range(_STARTS):
             state: State | None = None
@@ -102,7 +104,11 @@ class Resumption:
                 record, reader = self._records[0], self._reader
                 if reader is None:
                     raise RuntimeError("open() comes first")
-                state = self._together(record, lambda: load_state(reader, self._peers.rank, layout))  # noqa: B023
+                together = self._peers if shared and self._peers.world > 1 else None
+                state = self._together(
+                    record,
+                    lambda: load_state(reader, self._peers.rank, layout, together),  # noqa: B023
+                )
                 if state is not None:
                     break
                 self._next()
@@ -167,16 +173,22 @@ class Resumption:
         record = self._records[0]
         sources = [*self.tier.sources(record), StoreSource(self._store)]
         reader = self._reader = CheckpointReader(record, sources)
+        tree: dict[str, Any] = {}
 
-        def read() -> dict[str, Any]:
-            from trainyard.checkpoint.format.tree import unflatten
+        def read() -> None:
+            if self._peers.rank == 0:
+                tree["it"] = reader.tree("checkpoint")
 
-            main = unflatten(reader.tree("checkpoint"), lambda ref: None)
+        def build() -> dict[str, Any]:
+            main = unflatten(tree["it"], lambda ref: None)
             if not isinstance(main, dict):
                 raise ShardInvalid(f"the checkpoint of step {record.step} is no dict")
             return main
 
-        return self._together(record, read)
+        if not self._together(record, lambda: read() is None):
+            return None
+        tree = self._peers.broadcast(tree)
+        return self._together(record, build)
 
     def _propose(self, known: list[Record] | None) -> dict[str, Any]:
         run = self._config.run_id

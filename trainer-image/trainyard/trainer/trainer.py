@@ -42,7 +42,7 @@ from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, scalars
 from trainyard.trainer.progress import Progress, agent_client
 from trainyard.trainer.restoring import restore_module, restore_optimizers, restore_rank
-from trainyard.trainer.sharding import layout
+from trainyard.trainer.sharding import layout, size_of_shard
 from trainyard.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainyard_api.checkpoints import Fenced
 
@@ -399,7 +399,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
     def _load(self, opened: Opened) -> Loaded | None:
         """The tensors of what was opened, or of what it turns out to be instead."""
         assert self.checkpointer is not None  # noqa: S101 - it has opened
-        loaded = self.checkpointer.load(layout(self))
+        whole = not self.strategy.sharded_parameters(self.lightning_module)
+        loaded = self.checkpointer.load(layout(self), shared=whole)
         if loaded is None:
             self.progress.resumed(step=0, uri="", fell_back="")
             return None
@@ -424,6 +425,17 @@ class Trainer(CheckpointFiles, TrainerFacade):
             self.checkpointer.finish(
                 state.step, state.cursor, lambda: payload(self), reason=reason, metrics=scalars(self)
             )
+
+    def leave_checkpoints(self, seconds: float) -> str:
+        """Collective: see the last step committed if there is time for that, `seconds` from now on at most; what keeps it
+        from that, empty if nothing does."""
+        if self.checkpointer is None:
+            return ""
+        state = self.loop_state
+        return self.checkpointer.leave(
+            state.step, state.cursor, lambda: payload(self), seconds=seconds, size=size_of_shard(self),
+            metrics=scalars(self),
+        )  # fmt: skip
 
     def _leave(self, error: Exception) -> NoReturn:
         code = exit_code(error)
