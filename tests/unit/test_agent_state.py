@@ -111,6 +111,13 @@ def test_the_newest_commit_counts() -> None:
         IDLE, {"op": "committed", "step": 20, "seq": 4, "uri": "u", "time": 1.0}
     )
     assert new.beat.checkpoint == Checkpoint(step=20, seq=4, uri="u", time=1.0) and "step 20" in line
+    costs = {"size": 9, "seconds": 1.5, "stallSeconds": 0.25, "reason": "steps"}
+    told, _ = hearsay.uploader_said(
+        IDLE, {"op": "committed", "step": 20, "seq": 4, "uri": "u", "time": 1.0, **costs}
+    )
+    assert told.beat.checkpoint == Checkpoint(
+        step=20, seq=4, uri="u", time=1.0, reason="steps", bytes=9, upload_seconds=1.5, stall_seconds=0.25
+    )
     old, _ = hearsay.uploader_said(new, {"op": "committed", "step": 10, "seq": 3, "uri": "u", "time": 2.0})
     assert old == new
     with pytest.raises(KeyError):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import signal
@@ -18,11 +17,12 @@ import pytest
 
 from trainyard.checkpoint.client import LocalUploads, SocketUploads
 from trainyard.checkpoint.commitlog import CommitLog
+from trainyard.checkpoint.format.digest import Descriptor, digest, part_size, tree_hash
 from trainyard.checkpoint.messages import Outcome, Staged
 from trainyard.checkpoint.store_local import LocalStore
 from trainyard.checkpoint.uploader import _Server
 from trainyard.checkpoint.uploads import UploadService
-from trainyard_api.checkpoints import Record, shard_key
+from trainyard_api.checkpoints import Record, descriptor_key, shard_key
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -49,7 +49,7 @@ def stage(staging: Path, step: int, *, rank: int = 0, world: int = 1, attempt: i
     )
     return Staged(
         attempt=attempt, step=step, rank=rank, world=world, path=str(path), size=len(content),
-        sha256=hashlib.sha256(content).hexdigest(), record=None if rank else head,
+        record=None if rank else head,
     )  # fmt: skip
 
 
@@ -85,8 +85,13 @@ def test_commits_once_all_ranks_of_all_pods_have_uploaded(store: LocalStore, sta
     (record,) = CommitLog(store, "run-1").refresh()
     assert committed.uri == f"{store.uri}/commits/00000001.json"
     for shard in record.shards:
-        assert hashlib.sha256(store.get(shard.key)).hexdigest() == shard.sha256
-    assert not list(staging.rglob("*.pt")), "staged files are deleted after the upload"
+        content = store.get(shard.key)
+        assert shard.sha256 == tree_hash([digest(content)])
+        assert (shard.size, shard.part_size) == (len(content), part_size(len(content)))
+        described = json.loads(store.get(shard.key.replace(".safetensors", ".json")))
+        assert Descriptor.from_json(described, shard).parts == [digest(content)]
+    assert committed.size == sum(shard.size for shard in record.shards)
+    assert not list(staging.glob("data/**/*.safetensors")), "what is uploaded is not kept unless it is to be"
 
 
 def test_a_rank_that_never_comes_is_named(store: LocalStore, staging: Path) -> None:
@@ -130,10 +135,9 @@ def test_a_staged_file_that_is_not_what_was_said_is_refused(
             world=1,
             path="/etc/passwd",
             size=1,
-            sha256="0" * 64,
             record=staged.record,
         )
-        with pytest.raises(ValueError, match="not in the staging folder"):
+        with pytest.raises(ValueError, match="not its place in the staging folder"):
             service.submit(other, ear)
         return
     if damage == "longer":
@@ -168,6 +172,87 @@ def test_local_uploads_hold_one_shard_in_flight(store: LocalStore, staging: Path
     dropped = uploads.take()
     assert dropped is not None
     assert (dropped.op, dropped.reason) == ("dropped", "disk full")
+
+
+def test_a_listing_that_is_old_does_not_hide_a_shard(staging: Path, tmp_path: Path) -> None:
+    class Stale(LocalStore):
+        """Its listings lack what came in the last seconds, as those of a server that is eventually consistent."""
+
+        def list(self, prefix: str) -> list[str]:
+            return [key for key in super().list(prefix) if not key.startswith("data/")]
+
+    store = Stale((tmp_path / "bucket").as_uri(), "run-1")
+    service, head = UploadService(store, "run-1", staging=staging, peers_seconds=10), Ear()
+    for rank in range(1, 7):
+        service.submit(stage(staging, 10, rank=rank, world=7), Ear())
+    service.submit(stage(staging, 10, world=7), head)
+    assert head.wait().op == "committed"
+
+
+@pytest.mark.parametrize("content", [b"{", b"[]", b'{"shard": 1}', b"[" * 100_000, None])
+def test_a_descriptor_that_is_not_one_is_refused(
+    store: LocalStore, staging: Path, content: bytes | None
+) -> None:
+    service, ear = UploadService(store, "run-1", staging=staging, peers_seconds=5), Ear()
+    if content is None:  # a sound one, of another shard
+        service.submit(stage(staging, 9, rank=1, world=2), ear)
+        assert ear.wait().op == "uploaded"
+        content = store.get(descriptor_key(9, 1, 1, 2))
+    store.put(descriptor_key(10, 1, 1, 2), content)
+    service.submit(stage(staging, 10, world=2), ear)
+    dropped = ear.wait()
+    assert dropped.op == "dropped"
+    assert "descriptor" in dropped.reason or descriptor_key(10, 1, 1, 2) in dropped.reason
+    assert CommitLog(store, "run-1").refresh() == []
+
+
+def test_a_second_try_for_a_step_never_writes_over_what_is_described(
+    store: LocalStore, staging: Path
+) -> None:
+    """The first one may have got into the log though nobody heard of it."""
+    service, first, second = UploadService(store, "run-1", staging=staging, peers_seconds=0.2), Ear(), Ear()
+    service.submit(stage(staging, 10, world=2), first)
+    assert first.wait().op == "dropped"
+    before = store.get(shard_key(10, 1, 0, 2))
+    again = stage(staging, 10, world=2)
+    Path(again.path).write_bytes(b"!" * again.size)
+    service.submit(stage(staging, 10, rank=1, world=2), Ear())
+    service.submit(again, second)
+    assert second.wait().op == "committed"
+    assert store.get(shard_key(10, 1, 0, 2)) == before
+    (record,) = CommitLog(store, "run-1").refresh()
+    assert record.shards[0].sha256 == tree_hash([digest(before)])
+
+
+def test_a_shard_that_an_uploader_before_let_go_is_found_in_the_bucket(
+    store: LocalStore, staging: Path
+) -> None:
+    """Killed between the last deed and the word: its worker asks the next one."""
+    staged, ear = stage(staging, 10, rank=1, world=2), Ear()
+    before = UploadService(store, "run-1", staging=staging)
+    before.submit(staged, ear)
+    assert ear.wait().op == "uploaded"
+    assert not Path(staged.path).exists()
+    UploadService(store, "run-1", staging=staging).submit(staged, ear)
+    assert ear.wait().op == "uploaded"
+
+
+def test_files_are_given_back_for_the_next_save(store: LocalStore, staging: Path) -> None:
+    service, ear = UploadService(store, "run-1", staging=staging), Ear()
+    for step in (10, 20, 30):
+        service.submit(stage(staging, step), ear)
+        assert ear.wait().op == "committed"
+    assert len(list((staging / "free").iterdir())) == 1, "one for the one rank of this node"
+    assert not (staging / "data").exists() or not list(staging.glob("data/**/*.safetensors"))
+
+
+def test_a_file_that_a_checkpoint_is_linked_to_is_not_given_back(store: LocalStore, staging: Path) -> None:
+    service, ear = UploadService(store, "run-1", staging=staging), Ear()
+    staged = stage(staging, 10)
+    os.link(staged.path, staging.parent / "another-name")
+    service.submit(staged, ear)
+    assert ear.wait().op == "committed"
+    assert not list(staging.glob("free/*"))
 
 
 @pytest.fixture
@@ -227,14 +312,11 @@ def test_the_process_survives_its_client_and_a_restart_of_itself(
         staged = stage(staging, 10, world=2)
         worker.submit(staged)
         end = time.monotonic() + 10
-        while Path(staged.path).exists():  # its own shard is uploaded
+        while not store.list("data/"):  # its own shard is uploaded
             assert time.monotonic() < end
             time.sleep(0.01)
         first.kill()
         first.wait(10)
-        Path(staged.path).write_bytes(
-            b"10/0" * 1000
-        )  # had it died before the upload, the file would be there
         second = subprocess.Popen(command, env=env)
         other = SocketUploads(path)
         other.submit(stage(staging, 10, rank=1, world=2))

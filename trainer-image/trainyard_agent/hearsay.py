@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import time
-from typing import Any
+from typing import Any, TypeVar
 
 from trainyard_agent import state as states
 from trainyard_agent.inbox import parse_progress, parse_resumed
 from trainyard_agent.log import one_line
 from trainyard_agent.state import State
 from trainyard_api.protocol import AgentPhase, Checkpoint
+
+_N = TypeVar("_N", int, float)
 
 
 def worker_said(state: State, message: dict[str, Any]) -> tuple[State, str]:
@@ -37,6 +39,10 @@ def uploader_said(state: State, message: dict[str, Any]) -> tuple[State, str]:
             seq=int(message["seq"]),
             uri=one_line(message.get("uri", "")),
             time=float(message.get("time") or time.time()),
+            reason=one_line(message.get("reason", "")),
+            bytes=_number(message, "size", int),
+            upload_seconds=_number(message, "seconds", float),
+            stall_seconds=_number(message, "stallSeconds", float),
         )
         return states.committed(state, commit), f"checkpoint of step {commit.step} committed ({commit.uri})"
     if op == "refused":
@@ -45,3 +51,9 @@ def uploader_said(state: State, message: dict[str, Any]) -> tuple[State, str]:
         line = f"checkpoints: {message.get('message', '')}"
         return states.warned(state, line), f"warning: {line}"
     return state, ""
+
+
+def _number(message: dict[str, Any], name: str, kind: type[_N]) -> _N | None:
+    """None if it does not say. Raises ValueError or TypeError."""
+    value = message.get(name)
+    return None if value is None else kind(value)

@@ -21,7 +21,6 @@ class Staged:
     path: str
     size: int
     """Bytes."""
-    sha256: str
     record: Record | None = None
     """Without seq and shards: the uploader knows those."""
 
@@ -49,7 +48,14 @@ class Outcome:
     """Of the commit record."""
     time: float = 0.0
     """Unix seconds of the commit."""
+    seconds: float = 0.0
+    """From the moment the shard was handed over to this."""
+    size: int = 0
+    """Bytes: committed: of all shards; uploaded: of this one."""
+    stall_seconds: float = 0.0
+    """committed: how long rank 0's training stood still for it."""
     reason: str = ""
+    """dropped: why. committed: what it was made for (`Record.reason`)."""
     code: int = 1
     """dropped: the exit code of contract.ExitCode that fits, 1 if none does."""
 

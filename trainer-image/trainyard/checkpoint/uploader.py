@@ -1,22 +1,28 @@
-"""The uploader process of a pod: `python3 -m trainyard.checkpoint.uploader --socket S --staging DIR`.
+"""The uploader process: `python3 -m trainyard.checkpoint.uploader (--socket S | --channel FD --worker PID) --staging DIR`.
 
-A child of the agent, so that what is staged is uploaded and committed though the worker has died. It takes its store
-from the environment (contract.Env.CHECKPOINT_*, RUN_UID, AWS_*). On SIGTERM it takes no more, finishes what it has for
-up to `--drain` seconds, and exits.
+In a pod it is a child of the agent and listens on a socket; elsewhere it is a child of one worker and has one end of a
+socket pair. Either way what is staged is uploaded and committed though the worker has died. It takes its store from the
+environment (contract.Env.CHECKPOINT_*, RUN_UID, AWS_*). On SIGTERM it takes no more, finishes what it has for up to
+`--drain` seconds, and exits; without an agent, it does so for up to `--orphan-seconds` when its worker has hung up.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import fcntl
 import logging
 import os
+import shutil
 import signal
+import socket
 import socketserver
 import sys
 import threading
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO, cast
 
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.errors import CheckpointError, StoreConfigError, StoreError, exit_code
@@ -27,37 +33,45 @@ from trainyard_api.contract import ExitCode
 
 log = logging.getLogger("trainyard.checkpoint")
 
-_MAX_LINE = 256 * 1024
+ORPHAN_SECONDS = 300.0
+"""How long a worker's own uploader goes on without it."""
+_MAX_LINE = 4 << 20
 _MAX_FLUSH = 60.0
+_SETTLE_SECONDS = 30.0
+"""For the deletion of old checkpoints, once all is committed."""
+_LOOK_SECONDS = 0.5
 
 
-class _Connection(socketserver.StreamRequestHandler):
+class Session:
     """One client: worker or agent. Any number of requests, answers as they come."""
 
-    server: _Server
-
-    def setup(self) -> None:
-        super().setup()
+    def __init__(self, service: UploadService, refused: str, write: Callable[[bytes], Any]) -> None:
+        self._service = service
+        self._refused = refused
+        self._write = write
         self._writing = threading.Lock()
         self._leave = contextlib.ExitStack()
 
-    def handle(self) -> None:
+    def run(self, lines: BinaryIO) -> None:
+        """Until the client hangs up."""
         with self._leave, contextlib.suppress(OSError):
-            while line := self.rfile.readline(_MAX_LINE):
+            while line := lines.readline(_MAX_LINE):
                 try:
                     self._obey(from_line(line))
-                except ValueError as error:
+                except (ValueError, TypeError) as error:
                     self._say({"op": "error", "reason": str(error)[:500]})
 
     def _obey(self, message: dict[str, Any]) -> None:
-        service = self.server.service
+        service = self._service
         match message["op"]:
             case "staged":
                 service.submit(Staged.from_message(message), self._tell)
+            case "abandoned":
+                service.keeper.staging_failed()
             case "subscribe":
                 self._leave.callback(service.subscribe(self._say))
-                if self.server.refused:
-                    self._say({"op": "refused", "message": self.server.refused})
+                if self._refused:
+                    self._say({"op": "refused", "message": self._refused})
             case "flush":
                 seconds = float(message.get("seconds", 0.0))
                 self._say({"op": "flushed", "pending": service.flush(min(seconds, _MAX_FLUSH))})
@@ -72,16 +86,27 @@ class _Connection(socketserver.StreamRequestHandler):
 
     def _send(self, line: bytes) -> None:
         with self._writing:
-            self.wfile.write(line)
+            self._write(line)
+
+
+class _Connection(socketserver.StreamRequestHandler):
+    server: _Server
+
+    def handle(self) -> None:
+        Session(self.server.service, self.server.refused, self.wfile.write).run(cast(BinaryIO, self.rfile))
 
 
 class _Server(socketserver.ThreadingUnixStreamServer):
     daemon_threads = True
     block_on_close = False
 
-    def __init__(self, socket: str, service: UploadService, refused: str = "") -> None:
-        Path(socket).unlink(missing_ok=True)
-        super().__init__(socket, _Connection)
+    def __init__(self, path: str, service: UploadService, refused: str = "") -> None:
+        Path(path).unlink(missing_ok=True)
+        before = os.umask(0o177)  # for this user's processes only
+        try:
+            super().__init__(path, _Connection)
+        finally:
+            os.umask(before)
         self.service = service
         self.refused = refused
 
@@ -101,32 +126,66 @@ def refusal(store: Store) -> str:
     return ""
 
 
-def serve(socket: str, service: UploadService, *, drain: float, refused: str = "") -> int:
+def serve(path: str, service: UploadService, *, drain: float, refused: str = "") -> int:
     """Until SIGTERM or SIGINT; returns how many shards were left when it ended. Subscribers hear of `refused`."""
-    stop = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: stop.set())
-    with _Server(socket, service, refused) as server:
+    stop = _stopped_by_signals()
+    with _Server(path, service, refused) as server:
         threading.Thread(target=server.serve_forever, args=(0.1,), daemon=True).start()
         stop.wait()
         server.shutdown()
         left = service.flush(drain)
-    Path(socket).unlink(missing_ok=True)
+    Path(path).unlink(missing_ok=True)
     return left
 
 
+def serve_worker(channel: socket.socket, worker: int, service: UploadService, *, orphan: float) -> int:
+    """Until the worker, process `worker`, hangs up or is gone, and then as long as it takes to finish, at most `orphan`
+    seconds; returns how many shards were left."""
+    stop = _stopped_by_signals()
+
+    def listen() -> None:
+        with channel.makefile("rb") as lines:
+            Session(service, "", channel.sendall).run(lines)
+        stop.set()
+
+    threading.Thread(target=listen, name="worker", daemon=True).start()
+    # The end of the stream alone does not tell: the worker's own children may hold its end open after its death.
+    while not stop.wait(_LOOK_SECONDS) and os.getppid() == worker:
+        pass
+    if left := service.flush(0):
+        log.info("the worker is gone; its %d staged shards get up to %g s to be committed", left, orphan)
+        begin = time.monotonic()
+        left = service.flush(orphan)
+        if not left:
+            log.info("done after %.1f s", time.monotonic() - begin)
+    service.settle(_SETTLE_SECONDS)
+    return left
+
+
+def _stopped_by_signals() -> threading.Event:
+    stop = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stop.set())
+    return stop
+
+
+@contextlib.contextmanager
+def _held(folder: Path) -> Iterator[None]:
+    """While it is locked, nobody's sweep takes a temporary folder for abandoned. The worker holds it too, perhaps alone:
+    then this lock is taken over at its death."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+
+    def lock() -> None:
+        with contextlib.suppress(OSError):
+            fcntl.flock(descriptor, fcntl.LOCK_SH)
+
+    threading.Thread(target=lock, name="folder", daemon=True).start()
+    yield
+    # The descriptor stays open until the process ends: the folder is removed under the lock.
+
+
 def main(argv: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="trainyard.checkpoint.uploader", description=__doc__)
-    parser.add_argument("--socket", required=True, help="unix socket to listen on")
-    parser.add_argument("--staging", required=True, type=Path, help="folder of staged shards")
-    parser.add_argument(
-        "--upload-seconds", type=float, default=UPLOAD_SECONDS, help="patience with the store"
-    )
-    parser.add_argument(
-        "--peers-seconds", type=float, default=PEERS_SECONDS, help="patience with other ranks"
-    )
-    parser.add_argument("--drain", type=float, default=20.0, help="seconds to finish after SIGTERM")
-    options = parser.parse_args(argv)
+    options = _arguments(argv)
     logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="uploader: %(message)s")
     try:
         config = CheckpointConfig.from_env(os.environ)
@@ -138,13 +197,48 @@ def main(argv: list[str] | None = None) -> int:
         return exit_code(error) if isinstance(error, CheckpointError) else int(ExitCode.CONFIG)
     options.staging.mkdir(parents=True, exist_ok=True)
     service = UploadService(
-        store, config.run_id, staging=options.staging, keep=config.keep,
+        store, config.run_id, staging=options.staging, keep=config.keep, keep_best=config.keep_best,
+        local=(config.local or config.copies > 0) and not options.temporary,
         upload_seconds=options.upload_seconds, peers_seconds=options.peers_seconds,
     )  # fmt: skip
-    left = serve(options.socket, service, drain=options.drain, refused=refusal(store))
+    if options.socket:
+        left = serve(options.socket, service, drain=options.drain, refused=refusal(store))
+    else:
+        with _held(options.staging):
+            left = serve_worker(
+                socket.socket(fileno=options.channel), options.worker, service, orphan=options.orphan_seconds
+            )
+            if options.temporary:
+                shutil.rmtree(options.staging, ignore_errors=True)
     if left:
         log.warning("%d staged shards were not uploaded in time", left)
     return 0
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(prog="trainyard.checkpoint.uploader", description=__doc__)
+    place = parser.add_mutually_exclusive_group(required=True)
+    place.add_argument("--socket", help="unix socket to listen on")
+    place.add_argument(
+        "--channel", type=int, help="descriptor of a connected socket, whose other end a worker has"
+    )
+    parser.add_argument("--worker", type=int, default=0, help="process id of that worker, the parent")
+    parser.add_argument("--staging", required=True, type=Path, help="folder of staged shards")
+    parser.add_argument("--temporary", action="store_true", help="remove that folder at the end")
+    parser.add_argument(
+        "--upload-seconds", type=float, default=UPLOAD_SECONDS, help="patience with the store"
+    )
+    parser.add_argument(
+        "--peers-seconds", type=float, default=PEERS_SECONDS, help="patience with other ranks"
+    )
+    parser.add_argument("--drain", type=float, default=20.0, help="seconds to finish after SIGTERM")
+    parser.add_argument(
+        "--orphan-seconds",
+        type=float,
+        default=ORPHAN_SECONDS,
+        help="seconds to finish after the worker's end",
+    )
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":
