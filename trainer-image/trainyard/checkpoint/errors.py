@@ -46,7 +46,16 @@ class StoreConfigError(StoreError):
 
 
 class StoreUnavailable(StoreError):
-    """No connection, time-out, 5xx, throttling: worth another try."""
+    """No connection, time-out, 5xx, throttling: worth another try.
+
+    `slow_down`: the server said that there are too many requests (503 SlowDown, 429), so that the next try should wait
+    longer; `retry_after`: the seconds that it named.
+    """
+
+    def __init__(self, text: str, *, slow_down: bool = False, retry_after: float | None = None) -> None:
+        super().__init__(text)
+        self.slow_down = slow_down
+        self.retry_after = retry_after
 
 
 class ShardInvalid(CheckpointError):

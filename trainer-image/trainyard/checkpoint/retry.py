@@ -1,4 +1,4 @@
-"""Trying again: exponential back-off with full jitter, bounded in time."""
+"""Trying again: exponential back-off with full jitter, bounded in time; slower where the server asks for it."""
 
 from __future__ import annotations
 
@@ -10,6 +10,10 @@ from typing import TypeVar
 from trainyard.checkpoint.errors import StoreUnavailable
 
 T = TypeVar("T")
+
+_SLOW_FIRST = 1.0
+_SLOW_LONGEST = 30.0
+"""Seconds, after SlowDown: thousands of clients share what is too busy."""
 
 
 def with_retries(
@@ -23,7 +27,7 @@ def with_retries(
     """What `call` returns, repeated after StoreUnavailable for up to `seconds`; then the last error is raised.
 
     `on_retry(error, tries)` may raise to give up earlier. Back-off: "Exponential Backoff And Jitter" (AWS
-    Architecture Blog, 2015), the full-jitter form.
+    Architecture Blog, 2015), the full-jitter form; longer after SlowDown, and never shorter than the server's Retry-After.
     """
     deadline = time.monotonic() + seconds
     pause, tries = first, 0
@@ -36,5 +40,13 @@ def with_retries(
                 raise
             if on_retry is not None:
                 on_retry(error, tries)
-        time.sleep(min(random.uniform(pause / 4, pause), max(0.0, deadline - time.monotonic())))  # noqa: S311
+            if error.slow_down:
+                pause, longest = max(pause, _SLOW_FIRST), max(longest, _SLOW_LONGEST)
+            wait = pause_after(error, pause)
+        time.sleep(min(wait, max(0.0, deadline - time.monotonic())))
         pause = min(pause * 2, longest)
+
+
+def pause_after(error: StoreUnavailable, pause: float) -> float:
+    """Seconds to wait: a random part of `pause`, on top of what the server named."""
+    return (error.retry_after or 0.0) + random.uniform(pause / 4, pause)  # noqa: S311

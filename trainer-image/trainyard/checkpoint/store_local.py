@@ -5,22 +5,28 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
-import shutil
+import threading
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from urllib.parse import unquote, urlsplit
 
-from trainyard.checkpoint.errors import NotFound, StoreConfigError, StoreError, StoreUnavailable
+from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreConfigError, StoreError, StoreUnavailable
+from trainyard.checkpoint.format.digest import digest, spans
+from trainyard.checkpoint.stores import GET_LIMIT, Leftover, Listed
+from trainyard.checkpoint.transfer import Stopped, in_parallel, mapped
 
 _CHUNK = 1 << 20
+_WORKERS = 4
+_TRIES = 5
 _TRANSIENT = {errno.EIO, errno.ESTALE, errno.ETIMEDOUT, errno.EAGAIN, errno.ENOSPC, errno.EDQUOT, errno.EBUSY}
 
 
 class LocalStore:
     """`file:///absolute/path`. Files appear by rename; a create is link(2), which fails if the name is taken.
 
-    link(2) rather than O_EXCL: the record must not be visible before it is whole.
+    link(2) rather than O_EXCL: the record must not be visible before it is whole. A file is on the disk before it gets its
+    name: no power cut leaves a record without its data.
     """
 
     def __init__(self, uri: str, run: str) -> None:
@@ -31,38 +37,84 @@ class LocalStore:
     def uri(self) -> str:
         return self._uri
 
-    def get(self, key: str) -> bytes:
-        return b"".join(self.read(key))
+    @property
+    def conditional(self) -> bool:
+        return True
+
+    # ---- reading
+
+    def get(self, key: str, limit: int = GET_LIMIT) -> bytes:
+        with self._errors(key), (self._root / key).open("rb") as file:
+            data = file.read(limit + 1)
+        if len(data) > limit:
+            raise ShardInvalid(f"{self._uri}/{key}: is larger than {limit} bytes")
+        return data
 
     def read(self, key: str) -> Iterator[bytes]:
         with self._errors(key), (self._root / key).open("rb") as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
+    def read_into(self, key: str, begin: int, buffer: memoryview) -> None:
+        with self._errors(key), (self._root / key).open("rb", buffering=0) as file:
+            done = 0
+            while done < len(buffer):
+                count = os.preadv(file.fileno(), [buffer[done:]], begin + done)
+                if not count:
+                    raise ShardInvalid(f"{self._uri}/{key}: ends before byte {begin + len(buffer)}")
+                done += count
+
+    # ---- writing
+
     def put(self, key: str, data: bytes) -> None:
         with self._errors(key), self._temporary(key) as temporary:
-            temporary.write_bytes(data)
+            _write(temporary, data)
             temporary.replace(self._root / key)
+            _sync((self._root / key).parent)
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
-        with self._errors(key), self._temporary(key) as temporary:
-            shutil.copyfile(path, temporary)
+        """As `put_parts`. Goes away with its last caller."""
+        self.put_parts(key, path, _CHUNK)
+
+    def put_parts(self, key: str, path: Path, part: int) -> list[str]:
+        # A copy, no link: the staged file is written over by a later save.
+        with path.open("rb") as source, self._errors(key), self._temporary(key) as temporary:
+            with temporary.open("wb", buffering=0) as target:
+                pieces = spans(os.fstat(source.fileno()).st_size, part)
+
+                def copy(number: int, stop: threading.Event) -> str:
+                    begin, end = pieces[number]
+                    if stop.is_set():
+                        raise Stopped
+                    with mapped(source, begin, end) as view:
+                        done = 0
+                        while done < len(view):
+                            done += os.pwrite(target.fileno(), view[done:], begin + done)
+                        return digest(view)
+
+                digests = in_parallel(len(pieces), copy, workers=_WORKERS, name="copy-part")
+                os.fsync(target.fileno())
             temporary.replace(self._root / key)
+            _sync((self._root / key).parent)
+            return digests
 
     def create(self, key: str, data: bytes) -> bool:
         with self._errors(key), self._temporary(key) as temporary:
-            temporary.write_bytes(data)
+            _write(temporary, data)
             try:
                 os.link(temporary, self._root / key)
             except FileExistsError:
                 return False
+            _sync((self._root / key).parent)
         return True
 
+    # ---- the rest
+
     def list(self, prefix: str) -> list[str]:
-        with self._errors(prefix):
-            folder = self._root / prefix.rpartition("/")[0]
-            found = (p.relative_to(self._root).as_posix() for p in folder.rglob("*") if p.is_file())
-            return sorted(k for k in found if k.startswith(prefix) and not Path(k).name.startswith("."))
+        return [entry.key for entry in self.listing(prefix)]
+
+    def listing(self, prefix: str) -> Sequence[Listed]:
+        return sorted(entry for entry in self._files(prefix) if not _is_temporary(entry.key))
 
     def delete(self, keys: Iterable[str]) -> None:
         for key in keys:
@@ -73,11 +125,39 @@ class LocalStore:
                     for parent in list(path.parents)[: len(Path(key).parents) - 1]:
                         parent.rmdir()
 
+    def leftovers(self, prefix: str = "") -> Sequence[Leftover]:
+        """Temporary files; their key is that of the file itself."""
+        return [
+            Leftover(key=entry.key, upload_id="", begun=entry.modified)
+            for entry in self._files(prefix)
+            if _is_temporary(entry.key)
+        ]
+
+    def abort(self, leftover: Leftover) -> None:
+        self.delete([leftover.key])
+
+    def _files(self, prefix: str) -> Iterator[Listed]:
+        with self._errors(prefix):
+            for path in (self._root / prefix.rpartition("/")[0]).rglob("*"):
+                key = path.relative_to(self._root).as_posix()
+                with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
+                    if key.startswith(prefix) and path.is_file():
+                        status = path.stat()
+                        yield Listed(key=key, size=status.st_size, modified=status.st_mtime)
+
     @contextlib.contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
+        """Where to write what will be `key`; nothing is left there in the end."""
         folder = (self._root / key).parent
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f".{uuid.uuid4().hex}"
+        temporary = folder / f".{uuid.uuid4().hex}.tmp"
+        for last in [False] * (_TRIES - 1) + [True]:
+            try:
+                folder.mkdir(parents=True, exist_ok=True)
+                temporary.touch()
+                break
+            except FileNotFoundError:  # a delete takes folders away that are empty
+                if last:
+                    raise
         try:
             yield temporary
         finally:
@@ -102,3 +182,25 @@ class LocalStore:
                 raise StoreConfigError(f"{self._uri}: the file system is read-only") from error
             kind = StoreUnavailable if error.errno in _TRANSIENT else StoreError
             raise kind(f"{self._uri}/{key}: {error.strerror or error}") from error
+
+
+def _is_temporary(key: str) -> bool:
+    return Path(key).name.startswith(".")
+
+
+def _write(path: Path, data: bytes) -> None:
+    with path.open("wb", buffering=0) as file:
+        rest = memoryview(data)
+        while rest:
+            rest = rest[file.write(rest) :]
+        os.fsync(file.fileno())
+
+
+def _sync(folder: Path) -> None:
+    """The new name survives a power cut, too. Some file systems cannot; then there is nothing to do."""
+    with contextlib.suppress(OSError):
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)

@@ -2,28 +2,29 @@
 
 from __future__ import annotations
 
-import base64
 import contextlib
-import functools
 import os
-from collections.abc import Iterable, Iterator
+import re
+import threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 from urllib.parse import urlsplit
 
-from trainyard.checkpoint.errors import NotFound, StoreConfigError, StoreError, StoreUnavailable
+from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreError, StoreUnavailable
+from trainyard.checkpoint.format.digest import digest, spans, tree_hash
+from trainyard.checkpoint.retry import pause_after, with_retries
+from trainyard.checkpoint.s3_client import Where, b64, client, code_of, status_of
+from trainyard.checkpoint.stores import GET_LIMIT, ConditionsNotOffered, Leftover, Listed, probe_conditional
+from trainyard.checkpoint.transfer import Body, Pace, Stopped, in_parallel, mapped
 
 _CHUNK = 1 << 20
-_MULTIPART = 64 << 20
-_PART = 32 << 20
-_CREDENTIALS = {
-    "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
-    "AuthorizationHeaderMalformed",
-    "XAdminUserNotFound",  # what versitygw says for InvalidAccessKeyId
-}  # fmt: skip
-_DENIED = {"AccessDenied", "AllAccessDisabled", "AccountProblem", "403", "Forbidden"}
-_ABSENT = {"NoSuchKey", "404", "NotFound"}
+WORKERS = 8
+"""Parts under way at a time, for all uploads of a store together."""
+_PART_SECONDS = 30.0
+"""How long one part is tried again before the whole upload is given up."""
 _TAKEN = {"PreconditionFailed", "412"}
+_NOT_OFFERED = {"NotImplemented", "501"}
 
 
 class S3Store:
@@ -35,169 +36,275 @@ class S3Store:
         self._prefix = "".join(f"{part}/" for part in (parts.path.strip("/"), run) if part)
         self._uri = f"s3://{self._bucket}/{self._prefix}".rstrip("/")
         settings = tuple(sorted((k, v) for k, v in os.environ.items() if k.startswith("AWS_")))
-        self._client = _client(endpoint, region, settings)
-        self._endpoint = str(self._client.meta.endpoint_url)
+        self._client = client(endpoint, region, settings)
+        self._where = Where(self._uri, self._bucket, str(self._client.meta.endpoint_url))
+        self._pace = Pace(WORKERS)
+        self._conditional: bool | None = None
 
     @property
     def uri(self) -> str:
         return self._uri
 
-    def get(self, key: str) -> bytes:
-        return b"".join(self.read(key))
+    @property
+    def conditional(self) -> bool:
+        if self._conditional is None:
+            self._conditional = probe_conditional(self)
+        return self._conditional
+
+    # ---- reading
+
+    def get(self, key: str, limit: int = GET_LIMIT) -> bytes:
+        pieces, size = [], 0
+        for piece in self.read(key):
+            pieces.append(piece)
+            size += len(piece)
+            if size > limit:
+                raise ShardInvalid(f"{self._uri}/{key}: is larger than {limit} bytes")
+        return b"".join(pieces)
 
     def read(self, key: str) -> Iterator[bytes]:
-        with self._errors(key):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key)
+        with self._where.errors(key):
+            answer = self._ask("get_object", Key=self._prefix + key)
             with contextlib.closing(answer["Body"]) as body:
                 yield from body.iter_chunks(_CHUNK)
 
+    def read_into(self, key: str, begin: int, buffer: memoryview) -> None:
+        if not len(buffer):
+            return
+        end = begin + len(buffer)
+        with self._request(key):
+            try:
+                answer = self._ask("get_object", Key=self._prefix + key, Range=f"bytes={begin}-{end - 1}")
+            except Exception as error:
+                if _status(error) == 416:
+                    raise ShardInvalid(f"{self._uri}/{key}: ends before byte {begin}") from error
+                raise
+            with contextlib.closing(answer["Body"]) as body:
+                self._check_range(key, answer, begin, end)
+                done = 0
+                while done < len(buffer):
+                    count = body.readinto(buffer[done : done + _CHUNK])
+                    if not count:
+                        raise StoreUnavailable(
+                            f"{self._uri}/{key}: the answer was cut off {len(buffer) - done} bytes before its end"
+                        )
+                    done += count
+                body.read(1)  # the end of the answer is read, so that the connection can be used again
+
+    def _check_range(self, key: str, answer: Any, begin: int, end: int) -> None:
+        found = re.fullmatch(r"bytes (\d+)-(\d+)/(\d+|\*)", answer.get("ContentRange") or "")
+        if found is None:
+            if begin == 0 and answer["ContentLength"] == end:
+                return  # the whole object is what was asked for
+            raise StoreError(f"{self._uri}/{key}: {self._where.endpoint} does not serve ranges")
+        if found[3] != "*" and int(found[3]) < end:
+            raise ShardInvalid(f"{self._uri}/{key}: has {found[3]} bytes, not {end}")
+        if (int(found[1]), int(found[2])) != (begin, end - 1):
+            raise StoreUnavailable(f"{self._uri}/{key}: asked for bytes {begin}-{end - 1}, got {found[0]}")
+
+    # ---- writing
+
     def put(self, key: str, data: bytes) -> None:
-        with self._errors(key):
-            self._client.put_object(
-                Bucket=self._bucket, Key=self._prefix + key, Body=data, ChecksumAlgorithm="SHA256"
-            )
+        with self._request(key):
+            self._put(key, memoryview(data), digest(data))
 
     def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Up to 64 MiB the server itself checks the SHA-256. Larger ones go in parts with a CRC32 over the whole:
-        S3 has no full-object SHA-256 for multipart uploads, and boto3's default there, a checksum of checksums, is
-        not checked by a later GET."""
-        with self._errors(key):
-            if path.stat().st_size <= _MULTIPART:
-                checksum = base64.b64encode(bytes.fromhex(sha256)).decode()
-                with path.open("rb") as body:
-                    self._client.put_object(
-                        Bucket=self._bucket, Key=self._prefix + key, Body=body, ChecksumSHA256=checksum
-                    )
-                return
-            from boto3.s3.transfer import TransferConfig
+        """As `put_parts`, for a file of one part whose SHA-256 was computed before. Goes away with its last caller."""
+        with path.open("rb") as file, mapped(file, 0, path.stat().st_size) as view, self._request(key):
+            self._put(key, view, sha256)
 
-            self._client.upload_file(
-                str(path), self._bucket, self._prefix + key,
-                ExtraArgs={"ChecksumAlgorithm": "CRC32", "ChecksumType": "FULL_OBJECT"},
-                Config=TransferConfig(multipart_threshold=_MULTIPART, multipart_chunksize=_PART, max_concurrency=8),
-            )  # fmt: skip
+    def put_parts(self, key: str, path: Path, part: int) -> list[str]:
+        with path.open("rb") as file:
+            pieces = spans(os.fstat(file.fileno()).st_size, part)
+            if not pieces:
+                self.put(key, b"")
+                return []
+            if len(pieces) > 1:
+                return self._multipart(key, file, pieces)
+            with mapped(file, *pieces[0]) as view:
+                sha256 = digest(view)
+                self._patiently(key, None, lambda: self._put(key, view, sha256))
+                return [sha256]
 
     def create(self, key: str, data: bytes) -> bool:
         from botocore.exceptions import ClientError
 
-        with self._errors(key):
+        with self._request(key):
             try:
-                self._client.put_object(
-                    Bucket=self._bucket, Key=self._prefix + key, Body=data, IfNoneMatch="*",
-                    ContentType="application/json", ChecksumAlgorithm="SHA256",
-                )  # fmt: skip
+                self._put(
+                    key, memoryview(data), digest(data), IfNoneMatch="*", ContentType="application/json"
+                )
             except ClientError as error:
-                if _code(error) in _TAKEN:
+                if code_of(error) in _TAKEN:
                     return False
+                if code_of(error) in _NOT_OFFERED:
+                    raise ConditionsNotOffered(
+                        f"{self._uri}: {self._where.endpoint} has no conditional writes"
+                    ) from error
                 raise
         return True
 
+    def _put(self, key: str, view: memoryview, sha256: str, **headers: str) -> None:
+        name = self._prefix + key
+        self._ask("put_object", Body=Body(view), Key=name, ChecksumSHA256=b64(sha256), **headers)
+
+    def _multipart(self, key: str, file: IO[bytes], pieces: list[tuple[int, int]]) -> list[str]:
+        name = self._prefix + key
+        with self._request(key):
+            upload = self._ask("create_multipart_upload", Key=name, ChecksumAlgorithm="SHA256")["UploadId"]
+
+        def send(number: int, stop: threading.Event) -> tuple[str, str]:
+            """(ETag, SHA-256) of a part."""
+            if stop.is_set():
+                raise Stopped
+            with mapped(file, *pieces[number]) as view:
+                sha256 = digest(view)
+                answer = self._patiently(
+                    key, stop,
+                    lambda: self._ask(
+                        "upload_part", Body=Body(view), Key=name, UploadId=upload, PartNumber=number + 1,
+                        ChecksumSHA256=b64(sha256),
+                    ),
+                )  # fmt: skip
+                return answer["ETag"], sha256
+
+        try:
+            sent = in_parallel(len(pieces), send, workers=WORKERS, name="upload-part")
+            digests = [sha256 for _, sha256 in sent]
+            parts = [
+                {"PartNumber": n, "ETag": etag, "ChecksumSHA256": b64(sha256)}
+                for n, (etag, sha256) in enumerate(sent, 1)
+            ]
+            self._complete(key, upload, parts, f"{b64(tree_hash(digests))}-{len(parts)}")
+        except BaseException:
+            with contextlib.suppress(StoreError):  # what is left is collected later
+                self.abort(Leftover(key=key, upload_id=upload, begun=0.0))
+            raise
+        return digests
+
+    def _complete(self, key: str, upload: str, parts: list[dict[str, Any]], checksum: str) -> None:
+        """Raises StoreUnavailable unless the object is there with `checksum`, S3's one of all parts' ones."""
+        name = self._prefix + key
+        try:
+            answer = self._patiently(
+                key, None,
+                lambda: self._ask(
+                    "complete_multipart_upload", Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
+                ),
+            )  # fmt: skip
+            found = answer.get("ChecksumSHA256")
+        except StoreUnavailable as error:
+            if _code(error.__cause__) != "NoSuchUpload":
+                raise
+            # An earlier try may have done it, and only its answer was lost.
+            try:
+                with self._where.errors(key):
+                    found = self._ask("head_object", Key=name, ChecksumMode="ENABLED").get(
+                        "ChecksumSHA256", ""
+                    )
+            except NotFound:
+                raise error from None
+        if found not in (None, checksum):  # not all servers say it
+            raise StoreUnavailable(
+                f"{self._uri}/{key}: the server has put together something else than was sent"
+            )
+
+    # ---- the rest
+
     def list(self, prefix: str) -> list[str]:
-        with self._errors(prefix):
+        return [entry.key for entry in self.listing(prefix)]
+
+    def listing(self, prefix: str) -> Sequence[Listed]:
+        with self._where.errors(prefix):
             pages = self._client.get_paginator("list_objects_v2").paginate(
                 Bucket=self._bucket, Prefix=self._prefix + prefix
             )
             return sorted(
-                o["Key"].removeprefix(self._prefix) for page in pages for o in page.get("Contents", [])
+                Listed(
+                    key=o["Key"].removeprefix(self._prefix),
+                    size=o["Size"],
+                    modified=o["LastModified"].timestamp(),
+                )
+                for page in pages
+                for o in page.get("Contents", [])
             )
 
     def delete(self, keys: Iterable[str]) -> None:
         # One by one: DeleteObjects wants a Content-MD5 from some servers, and a prune is a handful of keys.
         for key in keys:
-            with self._errors(key):
-                self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+            with self._where.errors(key):
+                self._ask("delete_object", Key=self._prefix + key)
+
+    def leftovers(self, prefix: str = "") -> Sequence[Leftover]:
+        with self._where.errors(prefix):
+            pages = self._client.get_paginator("list_multipart_uploads").paginate(
+                Bucket=self._bucket, Prefix=self._prefix + prefix
+            )
+            return [
+                Leftover(
+                    key=u["Key"].removeprefix(self._prefix), upload_id=u["UploadId"],
+                    begun=u["Initiated"].timestamp(),
+                )
+                for page in pages
+                for u in page.get("Uploads", [])
+            ]  # fmt: skip
+
+    def abort(self, leftover: Leftover) -> None:
+        from botocore.exceptions import ClientError
+
+        with self._where.errors(leftover.key):
+            try:
+                self._ask(
+                    "abort_multipart_upload", Key=self._prefix + leftover.key, UploadId=leftover.upload_id
+                )
+            except ClientError as error:
+                if code_of(error) not in ("NoSuchUpload", "404"):
+                    raise
+
+    def _ask(self, operation: str, *, Key: str, **arguments: Any) -> Any:
+        """One request; a second one at once if a connection that was kept from before turns out to be closed."""
+        from botocore.exceptions import ConnectionClosedError
+
+        call = getattr(self._client, operation)
+        try:
+            return call(Bucket=self._bucket, Key=Key, **arguments)
+        except ConnectionClosedError:
+            body = arguments.get("Body")
+            if body is not None:
+                body.seek(0)
+            return call(Bucket=self._bucket, Key=Key, **arguments)
 
     @contextlib.contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
-        from boto3.exceptions import Boto3Error
-        from botocore import exceptions as aws
-        from urllib3.exceptions import HTTPError
-
+    def _request(self, key: str) -> Iterator[None]:
+        """One request, within the pace that the server allows."""
         try:
-            yield
-        except aws.ClientError as error:
-            raise self._client_error(error, key) from error
-        except (aws.NoCredentialsError, aws.PartialCredentialsError, aws.CredentialRetrievalError) as error:
-            raise StoreConfigError(
-                f"{self._uri}: no S3 credentials: set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY "
-                "(in a TrainingRun: spec.checkpoint.credentialsSecret)"
-            ) from error
-        except aws.ParamValidationError as error:
-            raise StoreConfigError(f"{self._uri}: not a valid bucket or key: {_line(error)}") from error
-        except aws.ConnectionError as error:  # refused, DNS, proxy, both time-outs
-            raise StoreUnavailable(
-                f"{self._uri}: the S3 endpoint {self._endpoint} cannot be reached ({type(error).__name__}); check the "
-                "endpoint's address and that it is up"
-            ) from error
-        except (aws.BotoCoreError, HTTPError, Boto3Error, OSError) as error:
-            raise StoreUnavailable(f"{self._uri}/{key}: {type(error).__name__}: {_line(error)}") from error
+            with self._pace.turn(), self._where.errors(key):
+                yield
+        except StoreUnavailable as error:
+            if error.slow_down:
+                self._pace.slowed(pause_after(error, 1.0))
+            raise
+        self._pace.went_well()
 
-    def _client_error(self, error: Any, key: str) -> StoreError:
-        code = _code(error)
-        status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode", 0)
-        if code == "NoSuchBucket":
-            return StoreConfigError(
-                f"{self._uri}: bucket {self._bucket!r} does not exist at {self._endpoint}; create it or correct the "
-                "checkpoint URI"
-            )
-        if code in _ABSENT:
-            return NotFound(f"{self._uri}/{key}: not found")
-        if code in _CREDENTIALS:
-            return StoreConfigError(
-                f"{self._uri}: {self._endpoint} refuses the S3 credentials ({code}); check AWS_ACCESS_KEY_ID and "
-                "AWS_SECRET_ACCESS_KEY (in a TrainingRun: the Secret of spec.checkpoint.credentialsSecret)"
-            )
-        if code in _DENIED or status == 403:
-            return StoreConfigError(
-                f"{self._uri}: no permission for {error.operation_name} ({code}); the credentials need s3:ListBucket, "
-                "s3:GetObject, s3:PutObject and s3:DeleteObject here"
-            )
-        if status >= 500 or status in (408, 409, 429) or code in ("SlowDown", "RequestTimeout", "BadDigest"):
-            return StoreUnavailable(f"{self._uri}/{key}: {code} ({status})")
-        if code in ("InvalidBucketName", "PermanentRedirect", "IllegalLocationConstraintException"):
-            return StoreConfigError(f"{self._uri}: {code}: {_line(error)}")
-        return StoreError(f"{self._uri}/{key}: {_line(error)}")
+    def _patiently(self, key: str, stop: threading.Event | None, call: Callable[[], Any]) -> Any:
+        """What `call` returns, tried again for a while: one part of many should not cost all of them."""
+
+        def once() -> Any:
+            if stop is not None and stop.is_set():
+                raise Stopped
+            with self._request(key):
+                return call()
+
+        def on_retry(error: StoreUnavailable, _tries: int) -> None:
+            if _code(error.__cause__) == "NoSuchUpload":
+                raise error
+
+        return with_retries(once, seconds=_PART_SECONDS, on_retry=on_retry)
 
 
-@functools.cache
-def _client(endpoint: str | None, region: str | None, settings: tuple[tuple[str, str], ...]) -> Any:
-    """One client for each endpoint, region and AWS environment.
-
-    Making one costs a third of a second of CPU (botocore reads the description of S3). The zygote makes it once, before
-    it forks: it has no connection yet and no thread, and all ranks of all attempts have it.
-    """
-    import boto3
-    from botocore.config import Config
-
-    session = boto3.session.Session()
-    return session.client(
-        "s3",
-        endpoint_url=endpoint,
-        # Every S3 request must be signed for some region; servers other than AWS take this one.
-        region_name=region or session.region_name or "us-east-1",
-        config=Config(
-            connect_timeout=3,
-            read_timeout=30,
-            max_pool_connections=16,
-            # Path style unless it is AWS: `bucket.10.0.0.7:9000` does not resolve.
-            s3={"addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"},
-            retries={"mode": "standard", "total_max_attempts": 2},  # the patience is in retry.with_retries
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
+def _code(error: BaseException | None) -> str:
+    return code_of(error) if hasattr(error, "response") else ""
 
 
-def _endpoint(session: Any, endpoint: str | None) -> str:
-    """The URL that a client of `session` would use: argument, environment, profile, in that order."""
-    if endpoint:
-        return endpoint
-    return str(session.client("s3", region_name=session.region_name or "us-east-1").meta.endpoint_url)
-
-
-def _code(error: Any) -> str:
-    return str(error.response.get("Error", {}).get("Code", ""))
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(str(error).split())[:300]
+def _status(error: BaseException | None) -> int:
+    return status_of(error) if hasattr(error, "response") else 0

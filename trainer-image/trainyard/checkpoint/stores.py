@@ -3,27 +3,69 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from trainyard.checkpoint.config import CheckpointConfig
-from trainyard.checkpoint.errors import StoreConfigError
+from trainyard.checkpoint.errors import StoreConfigError, StoreError
 from trainyard_api.contract import Env
+
+GET_LIMIT = 64 << 20
+"""Bytes: what is fetched whole is a record or a descriptor, never a shard."""
+_PROBE = "probe/conditional"
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Listed:
+    key: str
+    size: int
+    """Bytes."""
+    modified: float
+    """Unix seconds, by the store's clock."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leftover:
+    """An upload that is not finished: still under way, or of a process that died."""
+
+    key: str
+    """What it would become."""
+    upload_id: str
+    begun: float
+    """Unix seconds, by the store's clock."""
 
 
 class Store(Protocol):
-    """Every call raises StoreUnavailable (try again), StoreConfigError (do not) or NotFound."""
+    """Every call raises StoreUnavailable (try again), StoreConfigError (do not) or NotFound.
+
+    Keys are text as `trainyard_api.checkpoints` makes them. May be used by several threads at once.
+    """
 
     @property
     def uri(self) -> str:
         """Of the run's prefix, without a slash at the end."""
         ...
 
-    def get(self, key: str) -> bytes: ...
+    @property
+    def conditional(self) -> bool:
+        """Whether `create` holds: a server may not know If-None-Match. Asks it, once, by an object under "probe/"."""
+        ...
+
+    def get(self, key: str, limit: int = GET_LIMIT) -> bytes:
+        """The whole of a small object. Raises ShardInvalid if it is larger than `limit` bytes."""
+        ...
 
     def read(self, key: str) -> Iterator[bytes]:
         """The content in pieces."""
+        ...
+
+    def read_into(self, key: str, begin: int, buffer: memoryview) -> None:
+        """Fill the buffer with the bytes from `begin` on.
+
+        Raises StoreUnavailable if the connection broke, ShardInvalid if the object itself ends earlier.
+        """
         ...
 
     def put(self, key: str, data: bytes) -> None:
@@ -34,6 +76,13 @@ class Store(Protocol):
         """Like put, for a file whose content has the hexadecimal `sha256`."""
         ...
 
+    def put_parts(self, key: str, path: Path, part: int) -> list[str]:
+        """Like put, for a file, in parts of `part` bytes: SHA-256 of each (lower-case hex), which the server has checked.
+
+        Several parts are under way at a time; memory is that of a few of them. Raises OSError if the file cannot be read.
+        """
+        ...
+
     def create(self, key: str, data: bytes) -> bool:
         """Whether this call created the key; False when it exists. Atomic among any number of writers."""
         ...
@@ -42,9 +91,33 @@ class Store(Protocol):
         """All keys that begin with `prefix`, sorted; complete at the time of the call."""
         ...
 
+    def listing(self, prefix: str) -> Sequence[Listed]:
+        """As `list`, with sizes and times."""
+        ...
+
     def delete(self, keys: Iterable[str]) -> None:
         """Deleting what is not there is no error."""
         ...
+
+    def leftovers(self, prefix: str = "") -> Sequence[Leftover]:
+        """Unfinished uploads whose key begins with `prefix`."""
+        ...
+
+    def abort(self, leftover: Leftover) -> None:
+        """Free what it takes. No error if it is gone."""
+        ...
+
+
+class ConditionsNotOffered(StoreError):
+    """The server says itself that it does not know If-None-Match."""
+
+
+def probe_conditional(store: Store) -> bool:
+    """Whether the second of two creates of the same key is refused."""
+    try:
+        return not store.create(_PROBE, b"{}") or not store.create(_PROBE, b"{}")
+    except ConditionsNotOffered:
+        return False
 
 
 def open_store(config: CheckpointConfig) -> Store:
