@@ -77,12 +77,33 @@ def rng_state() -> dict[str, Any]:
 
     Tensors and primitives only. A device type that has not been used yet has no state that anybody could miss.
     """
+    return portable(draws())
+
+
+def draws() -> dict[str, Any]:
+    """What `portable` makes an `rng_state` of, as the generators give it: half of the time."""
     import numpy as np
     import torch
 
-    version, internal, gauss = random.getstate()
-    kind, keys, position, has_gauss, cached = np.random.get_state()
     state: dict[str, Any] = {
+        "python": random.getstate(), "numpy": np.random.get_state(), "torch": torch.get_rng_state(),
+    }  # fmt: skip
+    for kind, device in _devices():
+        state[kind] = [device.get_rng_state()] if kind == "mps" else device.get_rng_state_all()
+    if (xla := _xla()) is not None:
+        state["xla"] = int(xla.get_rng_state())
+    return state
+
+
+def portable(drawn: dict[str, Any]) -> dict[str, Any]:
+    """The `rng_state` of the moment at which `drawn` was taken."""
+    import numpy as np
+    import torch
+
+    version, internal, gauss = drawn["python"]
+    kind, keys, position, has_gauss, cached = drawn["numpy"]
+    return {
+        **drawn,
         "python": [version, torch.tensor(internal, dtype=torch.int64), gauss],
         "numpy": [
             kind,
@@ -91,13 +112,7 @@ def rng_state() -> dict[str, Any]:
             int(has_gauss),
             float(cached),
         ],
-        "torch": torch.get_rng_state(),
     }
-    for kind, device in _devices():
-        state[kind] = [device.get_rng_state()] if kind == "mps" else device.get_rng_state_all()
-    if (xla := _xla()) is not None:
-        state["xla"] = int(xla.get_rng_state())
-    return state
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -83,6 +83,13 @@ class Board:
         self._wake(range(self.world), (STOP, TARGET, ERROR))
         return Cause.from_json(first)
 
+    def agree(self, word: str, seconds: float) -> list[str]:
+        """Everybody's word, by rank; once in a board's life. Raises RuntimeError when not all have said theirs by then."""
+        keys = [f"word/{rank}" for rank in range(self.world)]
+        self._talk(lambda s: s.set(keys[self.rank], word))
+        self._talk(lambda s: s.wait(keys, timedelta(seconds=seconds)))
+        return [said.decode() for said in self._talk(lambda s: s.multi_get(keys))]
+
     def error(self) -> Cause | None:
         text = self._read("error")
         return Cause.from_json(text) if text else None

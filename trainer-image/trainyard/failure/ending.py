@@ -82,6 +82,10 @@ class Deadline:
         self._cancelled.set()
 
     @property
+    def runs(self) -> bool:
+        return self._end is not None and not self._cancelled.is_set()
+
+    @property
     def left(self) -> float:
         """Seconds; 0 if it was not started."""
         return 0.0 if self._end is None else max(0.0, self._end - time.monotonic())

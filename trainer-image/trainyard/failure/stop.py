@@ -10,7 +10,9 @@ what has been begun by one rank will be begun by the others.
 
 from __future__ import annotations
 
+import math
 import threading
+from collections.abc import Callable
 
 from trainyard.failure.errors import PeerFailed, StopFailed
 
@@ -22,6 +24,9 @@ LAST = INNER - 1
 """What follows the last batch of a validation: `inner` of `GracefulStop.begins`."""
 FINISHED = 1 << 62
 
+Rescue = Callable[[BaseException | None, float, Callable[[str, float], list[str]] | None], None]
+"""(error of this rank's, None for another one's; seconds; how to agree with the others, None without a way to): never raises."""
+
 
 class GracefulStop:
     """The loop's side: `begins` before each thing that other ranks may have to take part in.
@@ -29,8 +34,14 @@ class GracefulStop:
     A world of one stops before the next thing that it begins.
     """
 
-    def __init__(self, world: int = 1, patience: float = PATIENCE_SECONDS) -> None:
+    def __init__(
+        self, world: int = 1, patience: float = PATIENCE_SECONDS, left: Callable[[], float] = lambda: math.inf
+    ) -> None:
         self.world = world
+        self.seconds_left = left
+        """Until the process ends in any case; infinity if nothing ends it."""
+        self.rescue: Rescue | None = None
+        """What saves the last complete step when a rank fails; set by the loop."""
         self.armed = False
         """Somebody wants the run to stop: ask `target`. An attribute, so that looking costs nothing."""
         self.started = 0

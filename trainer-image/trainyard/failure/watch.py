@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 import os
 import signal
 import threading
@@ -42,7 +43,7 @@ class Watch:
 
     def __init__(self, *, graceful: bool) -> None:
         self.rank = 0
-        self.stop = GracefulStop()
+        self.stop = GracefulStop(left=self._seconds_left)
         self._graceful = graceful
         self._board: Board | None = None
         self._closed = self._posted = False
@@ -70,7 +71,7 @@ class Watch:
         if world > 1 and (store := store or find_store()) is not None:
             attempt = f"{os.environ.get(Env.ATTEMPT, '')}.{os.environ.get('TORCHELASTIC_RESTART_COUNT', '')}"
             self._board = board = Board(store, f"trainyard/watch/{attempt}/{next(_numbers)}", rank, world)
-            self.stop = GracefulStop(world)
+            self.stop = GracefulStop(world, left=self._seconds_left)
             self._thread = threading.Thread(target=self._follow, args=(board,), name="watch", daemon=True)
             self._thread.start()
             self._handler = SigtermHandler(self._on_signal, lambda: self._heard(board))
@@ -100,6 +101,7 @@ class Watch:
             return  # all ranks do the same, and the deadline runs
         if self._board is None:
             causes.record(error)
+            self._rescue(error)
             return
         code = SIGTERM_CODE if isinstance(error, SIGTERMException) else 1
         said = f"rank {self.rank} did not end by itself after {type(error).__name__}: {error}"
@@ -108,9 +110,10 @@ class Watch:
         first = self._first_cause(self._board, error, code)
         if first.rank == self.rank:
             causes.record(error)
-            return
-        error.add_note(f"{first}; this rank ends because of it")
-        causes.record(PeerFailed(f"{first}\n\n{first.trace}"))
+        else:
+            error.add_note(f"{first}; this rank ends because of it")
+            causes.record(PeerFailed(f"{first}\n\n{first.trace}"))
+        self._rescue(error)
 
     def close(self) -> None:
         """Whatever happened. A SIGTERM that came too late to be acted on is sent again, to whom it concerns now."""
@@ -166,6 +169,9 @@ class Watch:
                 if not self._leaving.wait(CHANCE_SECONDS):
                     ending.end_process(SIGTERM_CODE, f"rank {self.rank}: ended by SIGTERM")
 
+    def _seconds_left(self) -> float:
+        return self._deadline.left if self._deadline.runs else math.inf
+
     @property
     def _request(self) -> str:
         return f"SIGTERM to rank {self.rank}"
@@ -216,10 +222,22 @@ class Watch:
         self._peer = cause
         self.stop.fail(str(cause))
         self._told.set()
+        if self.stop.rescue is not None and cause.code != SIGTERM_CODE:
+            # The main thread may hang for good in a reduction, or be on its way out: then it waits for this one.
+            self._teardown.start(
+                ending.teardown_seconds(), cause.code, f"{cause}; rank {self.rank} ends because of it"
+            )
+            self._rescue(None)
         if self._leaving.wait(CHANCE_SECONDS):
             return
         causes.record(PeerFailed(f"{cause}\n\n{cause.trace}"))
         ending.end_process(cause.code, f"{cause}; rank {self.rank} ends because of it")
+
+    def _rescue(self, error: BaseException | None) -> None:
+        """Before anything else is done on the way out: what is saved is worth more than all that comes after it."""
+        if self.stop.rescue is not None:
+            agree = None if self._board is None else self._board.agree
+            self.stop.rescue(error, max(1.0, ending.teardown_seconds() - 1.0), agree)
 
     def _first_cause(self, board: Board, error: BaseException, code: int) -> Cause:
         if causes.is_echo(error):

@@ -19,6 +19,7 @@ from trainyard.optimization.automatic import AutomaticOptimization
 from trainyard.optimization.manual import ManualOptimization
 from trainyard.optimization.schedulers import step_schedulers
 from trainyard.reproducibility import isolate_rng
+from trainyard.trainer.rescue import Rescue
 from trainyard.trainer.states import RunningStage
 
 if TYPE_CHECKING:
@@ -50,6 +51,7 @@ class FitLoop:
         """Samples of the epoch that `report` has told of."""
         self.restore_rank = restore_rank
         """To be called once, right before the first batch."""
+        self.rescue = trainer.rescue = Rescue.of(trainer)
         automatic = trainer.lightning_module.automatic_optimization
         self._total_steps: int | None = None
         self.optimization = (AutomaticOptimization if automatic else ManualOptimization)(trainer, self.call)
@@ -63,6 +65,7 @@ class FitLoop:
         if self.trainer.val_feeds and self.trainer.num_sanity_val_steps and self.restore_rank is None:
             self.sanity_check(self.trainer.num_sanity_val_steps)
         self.trainer.state.stage = RunningStage.TRAINING
+        self.stop.rescue = self.rescue
         with torch.enable_grad():
             self.call("on_train_start")
             run_epoch = self.call.profiled("run_training_epoch", self.run_epoch)
@@ -72,6 +75,7 @@ class FitLoop:
             if self.restore_rank is not None:  # a finished run: for what the script does after it
                 self.restore_rank()
             self.trainer.finish_checkpoints()
+            self.stop.rescue = None
             self.call("on_train_end")
         self.look_for_stop()
 
@@ -97,11 +101,13 @@ class FitLoop:
                     if schedule.done_in_epoch(state, should_stop=trainer.should_stop):
                         complete = False
                         break
+                    self.complete()
                     self.save_if_due(epoch_end=False)
                 if not plan.last:
                     self.look_for_stop()
         self.close_epoch(complete)
         if complete and not self.done():
+            self.complete()
             self.save_if_due(epoch_end=True)
 
     def open_epoch(self) -> None:
@@ -198,7 +204,12 @@ class FitLoop:
         if not isinstance(self.feed, SampledFeed):  # its positions are numbers of batches
             samples *= size_of(batch)
         trainer.progress.stepped(
-            step=state.step, total=total, epoch=state.epoch, samples=samples, loss=trainer.last_loss, flush=flush
+            step=state.step,
+            total=total,
+            epoch=state.epoch,
+            samples=samples,
+            loss=trainer.last_loss,
+            flush=flush,
         )
         if flush:
             self.call("on_logs_flushed")
@@ -219,9 +230,13 @@ class FitLoop:
     def validate(self) -> None:
         """Left in the middle when all ranks are on their way out: then it is done anew after the resume."""
         trainer, state = self.trainer, self.state
+        if self.rescue is not None:
+            self.rescue.complete(validates=True)
         state.validates, state.validated = False, True
         trainer.state.stage = RunningStage.VALIDATING
         complete = self.validation.run(trainer.val_feeds)
+        if self.rescue is not None:
+            self.rescue.changes()  # hooks come, and schedulers
         if self._validation_clock is not None:
             self._validation_clock.saved()
         trainer.state.stage = RunningStage.TRAINING
@@ -231,12 +246,17 @@ class FitLoop:
 
     # ---- saves
 
+    def complete(self) -> None:
+        """At a quiet point: this is what is saved if something raises before the weights change again."""
+        if self.rescue is not None:
+            self.rescue.complete()
+
     def save_if_due(self, *, epoch_end: bool) -> None:
         trainer = self.trainer
-        if trainer.checkpointer is not None and trainer.checkpointer.due(
-            self.state.step, epoch_end=epoch_end
+        if trainer.checkpointer is not None and (
+            reason := trainer.checkpointer.due(self.state.step, epoch_end=epoch_end)
         ):
-            trainer.save_checkpoint_now()
+            trainer.save_checkpoint_now(reason)
 
     def look_for_stop(self) -> None:
         """Before anything of the next batch, its loading too: all ranks leave here, or none. Raises SIGTERMException."""
@@ -247,10 +267,13 @@ class FitLoop:
             self.leave()
 
     def leave(self) -> None:
-        """All ranks are at the same quiet point: save, and end. Raises SIGTERMException."""
+        """All ranks are at the same quiet point: save if there is time, and end. Raises SIGTERMException."""
+        trainer = self.trainer
         where = f"{self.stop.requested_by}: stopping after step {self.state.step}"
-        saves = self.trainer.checkpointer is not None and self.state.total_batches > self._begun_at
-        self.trainer.print(f"{where}{', saving' if saves else ''}", flush=True)
-        if saves:  # else what it began with is the newest that there is
-            self.trainer.finish_checkpoints()
+        saves = trainer.checkpointer is not None and self.state.total_batches > self._begun_at
+        trainer.print(f"{where}{', saving' if saves else ''}", flush=True)
+        # Without a new step what it began with is the newest that there is.
+        if saves and (why := trainer.leave_checkpoints(self.stop.seconds_left())):
+            where += f", which is not saved: {why}"
+            trainer.print(where, flush=True)
         raise SIGTERMException(where)

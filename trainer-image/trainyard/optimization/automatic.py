@@ -48,6 +48,8 @@ class AutomaticOptimization:
         self._clips = bool(trainer.gradient_clip_val) or any(
             overrides(self.module, name) for name in ("configure_gradient_clipping", "clip_gradients")
         )
+        self._rescue = trainer.rescue
+        self._own_step = overrides(self.module, "optimizer_step")
         self._plan: Batch
         self._batch: Any = None
         self._index = 0
@@ -66,6 +68,8 @@ class AutomaticOptimization:
                 optimizer.step()
             else:
                 metrics = self.trainer.metrics
+                if self._rescue is not None and self._own_step:  # nobody knows what it does before its closure
+                    self._rescue.changes()
                 before, metrics.hook = metrics.hook, "optimizer_step"
                 self._optimizer_step(self.state.epoch, index, optimizer, self.closure)
                 metrics.hook = before
@@ -100,6 +104,8 @@ class AutomaticOptimization:
             call("on_before_optimizer_step", optimizer)
             if self._clips:
                 self._clip(optimizer)
+            if self._rescue is not None:  # last of all: the optimizer's own work comes next
+                self._rescue.changes()
         return loss
 
     def forward(self, plan: Batch) -> torch.Tensor | None:

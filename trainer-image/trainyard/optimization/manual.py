@@ -42,7 +42,9 @@ class ManualOptimization:
 
     def run(self, plan: Batch, batch: Any, index: int) -> None:
         """`LoopState.stepped` goes up if at least one optimizer stepped."""
-        state = self.trainer.loop_state
+        state, rescue = self.trainer.loop_state, self.trainer.rescue
+        if rescue is not None:  # a training_step may step optimizers, and change weights, at any point
+            rescue.changes()
         before = state.step
         output = self._step(batch, index)
         if isinstance(output, torch.Tensor):

@@ -85,9 +85,13 @@ def dump(trainer: Trainer, weights_only: bool = False, *, whole: bool = True) ->
 
 def of_rank(trainer: Trainer) -> dict[str, Any]:
     """What only this rank knows: its generators, the sums of its epoch, and what it has logged last."""
+    return {"rng": rng_state(), **kept_by_rank(trainer)}
+
+
+def kept_by_rank(trainer: Trainer) -> dict[str, Any]:
+    """`of_rank` but for the generators."""
     metrics, fits = trainer.metrics, trainer.state.fn == "fit"
     return {
-        "rng": rng_state(),
         "data": trainer.train_feed.state() if fits else {},
         "val_data": [feed.state() for feed in trainer.val_feeds] if fits else [],
         "sums": metrics.state_dict(trainer.lightning_module),

@@ -27,6 +27,15 @@ def optimizer_names(trainer: Trainer) -> list[list[str]]:
     ]
 
 
+def expected_bytes(trainer: Trainer) -> int:
+    """About what this rank will write in a save: its parameters, and twice as much for the optimizers, as Adam keeps."""
+    from trainyard.checkpoint.format.geometry import piece
+
+    pieces = [piece(p.detach()) for p in trainer.lightning_module.parameters() if not p.is_meta]
+    held = sum(have.local.numel() * have.local.element_size() for have in pieces)
+    return 3 * held // (trainer.world_size if trainer.strategy.replicates_parameters else 1)
+
+
 def layout(trainer: Trainer) -> Layout:
     """Parameters and what the optimizers keep of them lie as the module's are sharded now; all else is wanted whole."""
     sharded = trainer.strategy.sharded_parameters(trainer.lightning_module)
@@ -48,6 +57,23 @@ def layout(trainer: Trainer) -> Layout:
         return like
 
     return of
+
+
+def size_of_shard(trainer: Trainer) -> int:
+    """Bytes of this rank's part of weights and optimizer states, about."""
+    import torch
+
+    held = list(trainer.lightning_module.parameters())
+    held += [
+        value
+        for optimizer in trainer.optimizers
+        for kept in optimizer.state.values()
+        for value in kept.values()
+        if isinstance(value, torch.Tensor)
+    ]
+    local = [getattr(t, "_local_tensor", t) for t in held]
+    size = sum(t.numel() * t.element_size() for t in local)
+    return size // trainer.world_size if trainer.strategy.replicates_parameters else size
 
 
 def replicated(trainer: Trainer, checkpoint: dict[str, Any]) -> frozenset[str]:

@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from trainyard.core.module import LightningModule
     from trainyard.data.loader import Feed
     from trainyard.strategies.base import Strategy
+    from trainyard.trainer.rescue import Rescue
 
 _log = logging.getLogger("trainyard")
 
@@ -169,6 +170,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
         """`data.sampler.Batch` of the batch that is trained on now."""
         self.is_last_batch = False
         self.fit_loop: FitLoop | None = None
+        self.rescue: Rescue | None = None
+        """Of a fit that is to save when something raises."""
         self.predict_loop: PredictionLoop | None = None
         self._module: LightningModule | None = None
         self.hooks: HookCaller
