@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import hashlib
+import base64
 import socket
 import threading
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import boto3
 import pytest
 
 from devcluster.s3 import S3Server
@@ -16,7 +17,8 @@ from tests.trainer.conftest import BUCKET
 from tests.trainer.forkhost import ROOT, Host
 from tests.trainer.test_resume_exact import DIGITS, SMALL, wait_for_step, weights
 from trainyard.checkpoint.commitlog import CommitLog
-from trainyard.checkpoint.errors import NotFound, StoreUnavailable
+from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreUnavailable
+from trainyard.checkpoint.format.digest import PART, digest, spans, tree_hash
 from trainyard.checkpoint.store_s3 import S3Store
 from trainyard_api.checkpoints import Record, commits_newest_first
 
@@ -29,11 +31,16 @@ def store(prefix: str, s3_credentials: None) -> S3Store:
 def test_the_verbs(store: S3Store, tmp_path: Path) -> None:
     file = tmp_path / "shard"
     file.write_bytes(b"0123456789" * 300_000)
-    store.put_file("data/a/shard", file, hashlib.sha256(file.read_bytes()).hexdigest())
+    assert store.put_parts("data/a/shard", file, PART) == [digest(file.read_bytes())]
     store.put("data/a/shard.json", b"{}")
     store.put("data/b", b"x")
     assert store.list("data/a/") == ["data/a/shard", "data/a/shard.json"]
+    sizes = {entry.key: entry.size for entry in store.listing("data/")}
+    assert sizes == {"data/a/shard": 3_000_000, "data/a/shard.json": 2, "data/b": 1}
+    assert all(abs(entry.modified - time.time()) < 60 for entry in store.listing("data/"))
     assert store.get("data/a/shard") == file.read_bytes()
+    with pytest.raises(ShardInvalid, match="larger than 1000 bytes"):
+        store.get("data/a/shard", limit=1000)
     assert b"".join(store.read("data/b")) == b"x"
     store.delete(["data/a/shard", "data/a/shard.json", "data/never"])
     assert store.list("data/") == ["data/b"]
@@ -41,29 +48,65 @@ def test_the_verbs(store: S3Store, tmp_path: Path) -> None:
         store.get("data/a/shard")
 
 
-def test_a_large_shard_goes_in_parts(store: S3Store, tmp_path: Path) -> None:
+def test_ranges_land_in_the_buffer_and_an_object_that_is_too_short_is_told_from_a_broken_connection(
+    store: S3Store,
+) -> None:
+    content = bytes(range(256)) * 10_000
+    store.put("data/x", content)
+    buffer = bytearray(1_500_000)
+    store.read_into("data/x", 1_000_001, memoryview(buffer))
+    assert buffer == content[1_000_001:2_500_001]
+    store.read_into("data/x", 0, memoryview(whole := bytearray(len(content))))
+    assert whole == content
+    with pytest.raises(ShardInvalid, match="has 2560000 bytes, not 2560001"):
+        store.read_into("data/x", 1_060_001, memoryview(buffer))
+    with pytest.raises(ShardInvalid, match="ends before byte 9000000"):
+        store.read_into("data/x", 9_000_000, memoryview(buffer))
+    with pytest.raises(NotFound):
+        store.read_into("data/none", 0, memoryview(buffer))
+
+
+def test_a_large_shard_goes_in_parts_and_the_server_keeps_the_same_checksum_as_the_commit(
+    store: S3Store, tmp_path: Path
+) -> None:
     file = tmp_path / "shard"
     with file.open("wb") as out:
         for number in range(70):
             out.write(bytes([number]) * (1 << 20))
-    with file.open("rb") as content:
-        digest = hashlib.file_digest(content, "sha256").hexdigest()
-    store.put_file("data/large", file, digest)
-    seen = hashlib.sha256()
-    for chunk in store.read("data/large"):
-        seen.update(chunk)
-    assert seen.hexdigest() == digest
-    store.delete(["data/large"])
+    content = file.read_bytes()
+    digests = store.put_parts("data/large", file, PART)
+    assert digests == [digest(content[begin:end]) for begin, end in spans(len(content), PART)]
+    assert b"".join(store.read("data/large")) == content
+    head = boto3.client("s3").head_object(
+        Bucket=BUCKET, Key=f"{store.uri.split('/', 3)[3]}/data/large", ChecksumMode="ENABLED"
+    )
+    assert head["ChecksumSHA256"] == f"{base64.b64encode(bytes.fromhex(tree_hash(digests))).decode()}-5"
+    assert store.leftovers() == []
 
 
-def test_a_file_that_changed_after_it_was_hashed_is_refused_by_the_server(
-    store: S3Store, tmp_path: Path
-) -> None:
-    file = tmp_path / "shard"
-    file.write_bytes(b"changed")
-    with pytest.raises(StoreUnavailable, match=r"BadDigest|Checksum"):
-        store.put_file("data/x", file, hashlib.sha256(b"original").hexdigest())
+def test_what_changed_after_it_was_hashed_is_refused_by_the_server(store: S3Store) -> None:
+    with pytest.raises(StoreUnavailable, match=r"BadDigest|SHA256Mismatch"), store._request("data/x"):
+        store._put("data/x", memoryview(b"changed"), digest(b"original"))
     assert store.list("data/") == []
+
+
+def test_an_unfinished_upload_is_found_and_freed(store: S3Store) -> None:
+    key = f"{store.uri.split('/', 3)[3]}/data/step-000000000010/a000001/x"
+    client = boto3.client("s3")
+    upload = client.create_multipart_upload(Bucket=BUCKET, Key=key)["UploadId"]
+    client.upload_part(Bucket=BUCKET, Key=key, UploadId=upload, PartNumber=1, Body=b"x" * (5 << 20))
+    (found,) = store.leftovers("data/")
+    assert (found.key, found.upload_id) == ("data/step-000000000010/a000001/x", upload)
+    assert abs(found.begun - time.time()) < 60
+    store.abort(found)
+    assert store.leftovers() == []
+    store.abort(found)
+
+
+def test_the_server_is_found_to_honour_conditions_by_one_object(store: S3Store) -> None:
+    assert store.conditional
+    assert S3Store(store.uri, "").conditional
+    assert store.list("") == ["probe/conditional"]
 
 
 def test_one_of_sixteen_wins_a_conditional_create(store: S3Store) -> None:
@@ -213,7 +256,7 @@ def test_a_staged_save_is_committed_though_its_worker_was_killed(
             wait_for_step(log / "rank-0.jsonl", 5, rank)
             own.stop()
             wait_for_step(log / "rank-0.jsonl", 12, rank)  # step 10 is staged, and cannot be uploaded
-            staged = list((tmp_path / "rt/staging").rglob("*.pt"))
+            staged = list((tmp_path / "rt/staging").rglob("*.safetensors"))
             rank.kill()
             host.wait([rank])
             assert [p.parent.parent.name for p in staged] == ["step-000000000010"]
