@@ -28,8 +28,10 @@ from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.errors import CheckpointError, StoreConfigError, StoreError, exit_code
 from trainyard.checkpoint.messages import Outcome, Staged, from_line, to_line
 from trainyard.checkpoint.stores import Store, open_store
+from trainyard.checkpoint.tier.copies import gang_from, open_neighbours
 from trainyard.checkpoint.uploads import PEERS_SECONDS, UPLOAD_SECONDS, UploadService
 from trainyard_api.contract import ExitCode
+from trainyard_api.serde import encode
 
 log = logging.getLogger("trainyard.checkpoint")
 
@@ -75,6 +77,13 @@ class Session:
             case "flush":
                 seconds = float(message.get("seconds", 0.0))
                 self._say({"op": "flushed", "pending": service.flush(min(seconds, _MAX_FLUSH))})
+            case "address":
+                near = service.neighbours
+                self._say({"op": "address", **({"address": encode(near.address)} if near else {})})
+            case "peers":
+                if service.neighbours is not None:
+                    service.neighbours.meet(gang_from(message))
+                self._say({"op": "peers"})
             case other:
                 raise ValueError(f"unknown op {other!r}")
 
@@ -201,6 +210,8 @@ def main(argv: list[str] | None = None) -> int:
         local=(config.local or config.copies > 0) and not options.temporary,
         upload_seconds=options.upload_seconds, peers_seconds=options.peers_seconds,
     )  # fmt: skip
+    if service.keeper.on:
+        service.neighbours = open_neighbours(options.staging, service.keeper, service.warn)
     if options.socket:
         left = serve(options.socket, service, drain=options.drain, refused=refusal(store))
     else:

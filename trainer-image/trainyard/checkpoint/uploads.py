@@ -13,7 +13,7 @@ import time
 from collections.abc import Callable, Collection
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, TypeVar
 
 from trainyard.checkpoint.commitlog import CommitLog
 from trainyard.checkpoint.config import KeepBest
@@ -28,6 +28,7 @@ from trainyard.checkpoint.format.digest import Descriptor, part_size, tree_hash
 from trainyard.checkpoint.messages import Outcome, Staged
 from trainyard.checkpoint.retry import with_retries
 from trainyard.checkpoint.stores import Store
+from trainyard.checkpoint.tier.copies import Neighbours
 from trainyard.checkpoint.tier.keeper import Keeper
 from trainyard.checkpoint.tier.known import write_known
 from trainyard_api.checkpoints import Fenced, Record, Shard, descriptor_key, shard_key, step_prefix
@@ -52,16 +53,6 @@ _MOST_RANKS = 99_999
 """What the names of shards have room for."""
 _REMEMBERED = 64
 """Outcomes kept for clients that lost their connection before they heard."""
-
-
-class Others(Protocol):
-    """Other nodes' uploaders. Nothing of it waits or raises."""
-
-    def copy(self, path: Path, descriptor: Descriptor) -> None:
-        """A shard of this node is in the bucket and kept here."""
-        ...
-
-    def committed(self, attempt: int, step: int) -> None: ...
 
 
 class UploadService:
@@ -99,7 +90,8 @@ class UploadService:
         self._newest_attempt = 0
         self._last_commit: Outcome | None = None
         self.keeper = Keeper(self._staging, keep=local, warn=self.warn)
-        self.others: Others | None = None
+        self.neighbours: Neighbours | None = None
+        """Other nodes' uploaders, where there are any."""
 
     def submit(self, staged: Staged, reply: Reply) -> None:
         """Take over the file. `reply` is called from another thread. Raises ValueError for a path elsewhere, or numbers
@@ -188,8 +180,8 @@ class UploadService:
         outcome = replace(outcome, seconds=round(time.monotonic() - begin, 6))
         committed = outcome.op == "committed"
         self.keeper.ended((staged.attempt, staged.step), path, staged.rank, committed=committed)
-        if committed and self.others is not None:
-            self.others.committed(staged.attempt, staged.step)
+        if committed and self.neighbours is not None:
+            self.neighbours.committed(staged.attempt, staged.step)
         self._finish(staged, outcome)
         if committed:
             self._prune(staged)
@@ -266,8 +258,8 @@ class UploadService:
             self._uploaded[key] = shard
             while len(self._uploaded) > _REMEMBERED:
                 del self._uploaded[next(iter(self._uploaded))]
-        if self.keeper.uploaded(path, descriptor) and self.others is not None:
-            self.others.copy(path, descriptor)
+        if self.keeper.uploaded(path, descriptor) and self.neighbours is not None:
+            self.neighbours.copy(path, descriptor)
         return shard
 
     def _await_shards(self, staged: Staged, own: Shard) -> list[Shard]:

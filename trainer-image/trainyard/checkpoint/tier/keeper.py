@@ -110,6 +110,7 @@ class Keeper:
         self._attempt = 0
         self.on = keep
         """Whether uploaded shards are kept."""
+        self._take_copies = True
         for path in [*self.copies.root.rglob("*.tmp"), *root.glob("*.tmp")]:
             path.unlink(missing_ok=True)
         if not keep:
@@ -203,11 +204,22 @@ class Keeper:
                 self._coming.discard((save, rank))
                 self._let_go()
 
-    def room_for_copy(self, size: int) -> bool:
-        """Beside it one more save of our own must still fit. Raises OSError."""
-        with self._lock:
+    def takes_copy(self, save: Save, size: int) -> bool:
+        """Whether a shard of another node is wanted: not of an old save, and one more save of our own must still fit."""
+        with self._lock, contextlib.suppress(OSError):
+            if not (self.on and self._take_copies) or save < (self._committed or save):
+                return False
             own = sum(self.own.path(key).stat().st_size for key in self.own.shards())
-            return self.on and shutil.disk_usage(self.own.root).free > size + own
+            return shutil.disk_usage(self.own.root).free > size + own
+        return False
+
+    def no_copies(self, why: str) -> None:
+        """From now on; once."""
+        with self._lock:
+            if self._take_copies:
+                self._take_copies = False
+                self._warn(why)
+            shutil.rmtree(self.copies.root, ignore_errors=True)
 
     def _let_go(self) -> None:
         own = {save for save, _ in self._in_flight}

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Collection, Sequence
 from typing import TypeVar
 
+from trainyard_api.checkpoints import SAFE_KEY
+
 Save = tuple[int, int]
 """attempt, step: in the order in which they come to be."""
 T = TypeVar("T")
@@ -31,3 +33,11 @@ def ring(nodes: Sequence[T], me: int, copies: int) -> list[T]:
     """The nodes that take copies from node `me`: the next ones, never itself, none twice."""
     count = min(copies, len(nodes) - 1)
     return [nodes[(me + distance) % len(nodes)] for distance in range(1, count + 1)]
+
+
+def save_of(key: str) -> Save:
+    """The save to which a shard belongs. Raises ValueError for what is not the key of a shard."""
+    if not SAFE_KEY.fullmatch(key):
+        raise ValueError(f"{key[:100]!r} is not the key of a shard")
+    _, step, attempt, _ = key.split("/")
+    return int(attempt[1:]), int(step.removeprefix("step-"))
