@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import torch
 
 # (safetensors' name, torch's): https://github.com/huggingface/safetensors, `tensor.rs`, enum Dtype.
-_NAMES = (
+NAMES = (
     ("F64", "float64"), ("F32", "float32"), ("F16", "float16"), ("BF16", "bfloat16"),
     ("I64", "int64"), ("I32", "int32"), ("I16", "int16"), ("I8", "int8"), ("U8", "uint8"), ("BOOL", "bool"),
     ("U16", "uint16"), ("U32", "uint32"), ("U64", "uint64"), ("C64", "complex64"),
@@ -17,17 +18,19 @@ _NAMES = (
 )  # fmt: skip
 
 
+@cache
 def to_name(dtype: torch.dtype) -> str | None:
     """None if the format has none."""
-    found = [theirs for theirs, ours in _NAMES if f"torch.{ours}" == str(dtype)]
+    found = [theirs for theirs, ours in NAMES if f"torch.{ours}" == str(dtype)]
     return found[0] if found else None
 
 
+@lru_cache(maxsize=64)
 def from_name(name: str) -> torch.dtype | None:
     """None for what this torch, or this version, does not know."""
     import torch
 
-    for theirs, ours in _NAMES:
+    for theirs, ours in NAMES:
         if theirs == name:
             found: torch.dtype | None = getattr(torch, ours, None)
             return found
