@@ -81,8 +81,8 @@ def flip(content: bytes) -> bytes:
     ("damage", "said"),
     [
         (flip, "SHA-256"),
-        (lambda c: c[:-7], "cut off"),
-        (lambda c: b"", "cut off"),
+        (lambda c: c[:-7], "ends before"),
+        (lambda c: b"", "ends before"),
         (None, "missing"),
     ],
     ids=["flipped bit", "truncated", "empty", "missing"],

@@ -94,7 +94,7 @@ def test_the_newest_commit_in_a_bucket_becomes_a_file(
 
 def test_a_damaged_commit_is_passed_over_and_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     steps = trained(tmp_path.as_uri())
-    (shard,) = (tmp_path / "run-1" / "data").glob("step-000000000005/*/*.pt")
+    (shard,) = (tmp_path / "run-1" / "data").glob("step-000000000005/*/*.safetensors")
     data = bytearray(shard.read_bytes())
     data[len(data) // 2] ^= 1
     shard.write_bytes(data)

@@ -108,6 +108,10 @@ class Checkpointer:
         resumption.tier.announce()
         self.triggers.resumed(step, resumption.log_records)
 
+    def prepare(self, size: int) -> None:
+        """The first save will have about `size` bytes on this rank: make room for it now, beside the training. Never raises."""
+        self._staging.prepare(size)
+
     # ---- on the way
 
     def due(self, step: int, *, epoch_end: bool) -> str:
@@ -277,6 +281,7 @@ class Checkpointer:
             self.deadline.dropped()
             log.warning("the checkpoint of step %d was not committed: %s", outcome.step, outcome.reason)
         if outcome.op != "dropped":
+            self._staging.prepare(outcome.size)
             self.triggers.committed(outcome.seconds)
             self.deadline.saw(self._stall, outcome.seconds, outcome.size)
         return outcome

@@ -192,7 +192,7 @@ class Resumption:
 
     def _propose(self, known: list[Record] | None) -> dict[str, Any]:
         run = self._config.run_id
-        self._commits = commits = CommitLog(self._store, run, known or ())
+        self._commits = commits = CommitLog(self._store, run, known) if known else CommitLog(self._store, run)
         records = commits.records if known else commits.refresh()
         attempt = self._config.attempt
         restart = attempt is not None and attempt > 1
