@@ -132,7 +132,9 @@ class Applier:
             if error.status in (404, 409):
                 raise Conflict(error.message) from error
             raise
-        self.runs.upsert(answer)  # without effect for the last answer before the run is gone: its version is old
+        self.runs.upsert(
+            answer
+        )  # without effect for the last answer before the run is gone: its version is old
 
     async def _delete_pods(
         self, run: TrainingRun, pods: Iterable[DeletePod], problems: list[ApiError]

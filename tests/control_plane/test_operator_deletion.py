@@ -43,7 +43,9 @@ def cluster(control_plane: ControlPlane, server: Server, restricted: str) -> Clu
 
 
 @pytest.fixture
-def operator(control_plane: ControlPlane, server: Server, restricted: str, tmp_path: Path) -> Iterator[Operator]:
+def operator(
+    control_plane: ControlPlane, server: Server, restricted: str, tmp_path: Path
+) -> Iterator[Operator]:
     made = Operator(control_plane.kubeconfig, server, restricted, tmp_path)
     try:
         yield made
@@ -216,7 +218,9 @@ async def test_a_namespace_that_is_deleted_does_not_hang(stage: Stage) -> None:
     await training(stage)
     path = f"/api/v1/namespaces/{cluster.namespace}"
     assert cluster.server.request("DELETE", path).code == 200
-    await until("the namespace to be gone", lambda: cluster.server.request("GET", path).code == 404, seconds=90)
+    await until(
+        "the namespace to be gone", lambda: cluster.server.request("GET", path).code == 404, seconds=90
+    )
     assert stage.process is not None
     assert "namespace is being deleted" in stage.process.log, "nobody can read an Event there"
 

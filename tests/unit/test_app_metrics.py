@@ -149,7 +149,9 @@ def test_each_commit_is_counted_once_whoever_tells_of_it() -> None:
     assert found[("trainyard_checkpoint_stall_seconds_count", ())] == 1
     meter.forget("old")
     meter.heard("old", full)
-    assert samples(metrics)[("trainyard_checkpoints_committed_total", ("auto",))] == 2, "another run of the UID"
+    assert samples(metrics)[("trainyard_checkpoints_committed_total", ("auto",))] == 2, (
+        "another run of the UID"
+    )
 
 
 def test_nonsense_of_an_agent_is_not_counted() -> None:

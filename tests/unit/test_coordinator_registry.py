@@ -87,7 +87,9 @@ def test_progress_rings_at_most_once_a_second_for_the_whole_run(setup: Setup) ->
 def test_another_commit_is_told_once_by_each_agent() -> None:
     told: list[tuple[str, int]] = []
     registry = Registry(
-        on_change=lambda uid: None, clock=FakeClock(), on_commit=lambda uid, commit: told.append((uid, commit.seq))
+        on_change=lambda uid: None,
+        clock=FakeClock(),
+        on_commit=lambda uid, commit: told.append((uid, commit.seq)),
     )
     first, second = (Checkpoint(step=n, seq=n, uri="s3://b/c", time=1.0) for n in (1, 2))
     registry.hear(RUN, beat(checkpoint=first))

@@ -280,9 +280,7 @@ def test_a_namespace_that_is_being_deleted_is_not_held_up() -> None:
     scene = deleted()
     scene.step()
     message = "unable to create new content in namespace team because it is being terminated"
-    scene.refusals = (
-        Refusal(pod="demo-cleanup-1", message=message, retry_at=scene.now + 1, hopeless=True),
-    )
+    scene.refusals = (Refusal(pod="demo-cleanup-1", message=message, retry_at=scene.now + 1, hopeless=True),)
     assert "namespace is being deleted" in left_behind(scene)
 
 
@@ -322,7 +320,9 @@ def test_the_pod_is_the_runs_and_no_member() -> None:
     assert (view.index, view.created_in) == (-1, 0)
 
 
-@pytest.mark.parametrize("name", ["demo-0-1", "demo-cleanup-1-1", "demo-cleanup-x", "other-cleanup-1", "demo"])
+@pytest.mark.parametrize(
+    "name", ["demo-0-1", "demo-cleanup-1-1", "demo-cleanup-x", "other-cleanup-1", "demo"]
+)
 def test_other_pods_are_no_cleanup_pods(name: str) -> None:
     assert cleanup_number("demo", name) is None
 
@@ -360,7 +360,9 @@ def test_the_pod_reaches_the_bucket_as_the_run_did() -> None:
     (container,) = made["spec"]["containers"]
     env = {v["name"]: v.get("value", v.get("valueFrom")) for v in container["env"]}
     assert env["TRAINYARD_RUN_UID"] == DELETES.uid and env["TRAINYARD_CHECKPOINT_URI"] == "s3://b/p"
-    assert env["TRAINYARD_CHECKPOINT_ENDPOINT"] == "http://minio:9000" and env["AWS_CA_BUNDLE"] == "/ca/ca.crt"
+    assert (
+        env["TRAINYARD_CHECKPOINT_ENDPOINT"] == "http://minio:9000" and env["AWS_CA_BUNDLE"] == "/ca/ca.crt"
+    )
     assert env["AWS_ACCESS_KEY_ID"] == {"secretKeyRef": {"name": "s3", "key": "AWS_ACCESS_KEY_ID"}}
     assert not [n for n in env if "COORDINATOR" in n or "TOKEN_FILE" in n or "COMMAND" in n]
     assert container["envFrom"] == [{"secretRef": {"name": "e"}}]

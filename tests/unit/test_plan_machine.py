@@ -273,7 +273,9 @@ def cleans_beside_living_pods(observed: Observed, _: PlanSettings, good: Plan) -
     if not observed.run.deleting or not good.delete_pods:
         return good
     number = observed.run.status.cleanup.tries if observed.run.status.cleanup else 0
-    return Plan(create_pods=(CreatePod(name=f"{observed.run.name}-cleanup-{number}", body={}),), directives={})
+    return Plan(
+        create_pods=(CreatePod(name=f"{observed.run.name}-cleanup-{number}", body={}),), directives={}
+    )
 
 
 def forgets_the_finalizer(observed: Observed) -> Observed:
@@ -292,8 +294,7 @@ def trusts_any_end(observed: Observed) -> Observed:
 
 
 ENDLESS: dict[str, Planner] = {
-    bug.__name__: after(bug)
-    for bug in (lets_go_before_it_cleaned, cleans_beside_living_pods)
+    bug.__name__: after(bug) for bug in (lets_go_before_it_cleaned, cleans_beside_living_pods)
 } | {bug.__name__: before(bug) for bug in (forgets_the_finalizer, trusts_any_end)}
 
 

@@ -142,12 +142,16 @@ def _ended(view: View, cleanup: CleanupStatus, pod: PodView) -> Plan:
 def _too_late(view: View, cleanup: CleanupStatus, pod: PodView | None, refusal: Refusal | None) -> Plan:
     """The time of a try is over."""
     if pod is None and refusal is not None:
-        return _left_behind(view, cleanup, f"pod {refusal.pod} cannot be created: {clean(refusal.message, 600)}")
+        return _left_behind(
+            view, cleanup, f"pod {refusal.pod} cannot be created: {clean(refusal.message, 600)}"
+        )
     if pod is None:
         return _try_again(view, cleanup, f"pod {cleanup_name(view.run.name, cleanup.tries)} was lost")
     if pod.phase == "Pending":
         told = pod.setup_trouble or pod.unschedulable or f"{pod.waiting_reason} {pod.waiting_message}".strip()
-        return _left_behind(view, cleanup, f"pod {pod.name} does not start: {clean(told or 'no reason is known', 600)}")
+        return _left_behind(
+            view, cleanup, f"pod {pod.name} does not start: {clean(told or 'no reason is known', 600)}"
+        )
     return _try_again(view, cleanup, f"pod {pod.name} did not end on node {pod.node or '(none)'}", pod)
 
 

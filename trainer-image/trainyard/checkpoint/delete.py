@@ -20,6 +20,7 @@ import time
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import unquote, urlsplit
@@ -101,7 +102,7 @@ class _Work:
         items = list(items)
         for begin in range(0, len(items), BATCH):
             batch = items[begin : begin + BATCH]
-            self.call(lambda batch=batch: self._store.delete([item.key for item in batch]))  # type: ignore[misc]
+            self.call(partial(self._store.delete, [item.key for item in batch]))
             self.left -= len(batch)
             self.done = replace(
                 self.done,
@@ -116,7 +117,7 @@ class _Work:
         try:
             for leftover in self.call(self._store.leftovers):
                 with suppress(NotFound):
-                    self.call(lambda leftover=leftover: self._store.abort(leftover))  # type: ignore[misc]
+                    self.call(partial(self._store.abort, leftover))
                 done = replace(done, uploads=done.uploads + 1)
         except StoreUnavailable:
             raise
@@ -126,9 +127,13 @@ class _Work:
         return done
 
 
-def main(argv: list[str] | None = None, env: Mapping[str, str] = os.environ, told: Path = Path(TERMINATION_LOG)) -> int:
+def main(
+    argv: list[str] | None = None, env: Mapping[str, str] = os.environ, told: Path = Path(TERMINATION_LOG)
+) -> int:
     """Returns the exit code; `told` is where the last words go."""
-    parser = argparse.ArgumentParser(prog="python -m trainyard.checkpoint.delete", description="Delete a run's checkpoints.")
+    parser = argparse.ArgumentParser(
+        prog="python -m trainyard.checkpoint.delete", description="Delete a run's checkpoints."
+    )
     parser.add_argument("--seconds", type=float, default=SECONDS, help="time it may take [%(default)g]")
     options = parser.parse_args(argv)
     logging.basicConfig(level=logging.INFO, format="%(message)s")
