@@ -10,9 +10,11 @@ rounded up. A batch size or accumulation that is another one than before is what
 from __future__ import annotations
 
 import logging
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
+
+from trainyard.determinism import check_checkpoint
 
 if TYPE_CHECKING:
     from trainyard.data.feed import Feed
@@ -34,6 +36,8 @@ class Batching:
     """Trainer(accumulate_grad_batches=...)."""
     counted_at: int
     """Ranks by which the numbers of batches in `LoopState` are counted."""
+    virtual: bool = False
+    """Whether they are virtual ranks: then nothing of this may change."""
     loaded: bool = False
     """From a checkpoint: not yet compared with what this process was given."""
 
@@ -53,22 +57,28 @@ class Batching:
         size = state["batch_size"]
         return cls(
             ranks=int(state["ranks"]), batch_size=None if size is None else int(size),
-            accumulate=int(state["accumulate"]), counted_at=int(state["counted_at"]), loaded=True,
+            accumulate=int(state["accumulate"]), counted_at=int(state["counted_at"]),
+            virtual=bool(state["virtual"]), loaded=True,
         )  # fmt: skip
 
 
 def settle(trainer: Trainer, feed: Feed) -> None:
-    """Tell `feed` what a global batch is, once the checkpoint is known, or that there is none. May be called again."""
+    """Tell `feed` what a global batch is, once the checkpoint is known, or that there is none. May be called again.
+
+    Raises MisconfigurationException where a run with virtual ranks is to go on otherwise than it began.
+    """
     state, strategy = trainer.loop_state, trainer.strategy
     before, virtual = state.batching, strategy.virtual_ranks
     ranks = virtual or strategy.distributed_sampler_kwargs["num_replicas"]
     fresh = before is None or before.loaded
     now = Batching(
-        ranks=ranks, batch_size=getattr(feed.given, "batch_size", None), counted_at=ranks,
+        ranks=ranks, batch_size=getattr(feed.given, "batch_size", None), counted_at=ranks, virtual=bool(virtual),
         # A callback may have changed it since.
         accumulate=trainer.accumulate_grad_batches if fresh or before is None else before.accumulate,
     )  # fmt: skip
-    if before is not None:
+    if virtual and before is not None and before.loaded:
+        check_checkpoint(before, now)
+    if before is not None and not virtual:
         now = now.after(before)
     feed.origin = None if virtual else now.ranks
     state.batching = now

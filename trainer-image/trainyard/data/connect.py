@@ -8,6 +8,7 @@ from trainyard.core.hooks import DataHooks
 from trainyard.data.batching import settle
 from trainyard.data.feed import Feed
 from trainyard.data.make import make_feed
+from trainyard.determinism import check_world
 from trainyard.errors import MisconfigurationException
 from trainyard.utilities.combined_loader import CombinedLoader, flatten
 
@@ -77,10 +78,13 @@ def _feed(trainer: Trainer, loader: Any, stage: str) -> Feed:
     overfits = bool(trainer.overfit_batches) and stage in ("train", "val")
     limit = trainer.overfit_batches if overfits else getattr(trainer, f"limit_{stage}_batches")
     share = trainer.strategy.distributed_sampler_kwargs
+    virtual = None if stage == "predict" else trainer.strategy.virtual_ranks
+    if virtual:
+        check_world(virtual, trainer.world_size)
     feed = make_feed(
         loader, rank=share["rank"], world=share["num_replicas"], seed=trainer.loop_state.seed, limit=limit,
         resample=trainer.use_distributed_sampler, what=stage, in_order=overfits and str(trainer.state.fn) == "fit",
-        virtual=None if stage == "predict" else trainer.strategy.virtual_ranks,
+        virtual=virtual,
     )  # fmt: skip
     if feed.batches == 0 and isinstance(limit, float) and limit > 0:
         name = "overfit_batches" if overfits else f"limit_{stage}_batches"

@@ -11,6 +11,7 @@ from trainyard.logged.item import Item
 from trainyard.logged.options import Options, epoch_name, step_name
 from trainyard.logged.results import Results, Values, to_floats
 from trainyard.logged.torchmetrics import is_metric, load_metric_states, metric_states, path_of
+from trainyard.logged.virtual import VirtualResults, Where
 
 if TYPE_CHECKING:
     import torch
@@ -29,8 +30,14 @@ class Metrics:
         self._strategy = strategy
         self.loggers = loggers
         """Those that work."""
-        self.train, self.validate, self.test = Results(), Results(), Results()
-        self.stage = self.train
+        self.where: Where | None = None
+        """With virtual ranks: which of them logs now."""
+        if strategy.virtual_ranks:
+            where = self.where = Where(first=strategy.is_global_zero)
+            self.train, self.validate, self.test = (VirtualResults(where) for _ in range(3))
+        else:
+            self.train, self.validate, self.test = Results(), Results(), Results()
+        self.stage: Results = self.train
         """Where `log` writes now."""
         self.hook: str | None = None
         """The hook that runs now; None where `log` is not allowed."""
@@ -46,6 +53,11 @@ class Metrics:
         self.logged: dict[str, float] = {}
         self.bar: dict[str, float] = {}
         self.validation: dict[str, float] = {}
+
+    def enter(self, virtual: int | None, moment: int) -> None:
+        """What is logged from now on belongs to the batch of a virtual rank; None: to none of them."""
+        if self.where is not None:
+            self.where.rank, self.where.moment = virtual, moment
 
     # ---- what a step logs
 
@@ -84,7 +96,7 @@ class Metrics:
             sync=sync and self._strategy.peers.world > 1, enable_graph=graph, metric=path or "", group=group,
         )  # fmt: skip
         key = f"{name}/dataloader_idx_{self.loader}" if add_index and self.loader is not None else name
-        item = self.stage.add(key, Item(options, args, metric))
+        item = self.stage.add(key, self.stage.make(options, args, metric))
         self.stage.known[name, self.hook, self.loader] = item
         return item
 
@@ -95,7 +107,9 @@ class Metrics:
         return {**self.callback, **self._unpublished()}
 
     def _unpublished(self) -> dict[str, torch.Tensor]:
-        """Values of steps since the last flush."""
+        """Values of steps since the last flush. With virtual ranks they are nobody's before they are reduced."""
+        if self.where is not None:
+            return {}
         found: dict[str, torch.Tensor] = {}
         for name, item in self.train.items.items():
             if item.options.on_step and not item.published:
@@ -108,7 +122,7 @@ class Metrics:
         """What a progress bar shows. On a CPU that is what the last step logged; numbers on another device are those of the
         last flush, because fetching them would wait for it."""
         found = dict(self.bar)
-        if self._strategy.device.type != "cpu":
+        if self._strategy.device.type != "cpu" or self.where is not None:
             return found
         for name, item in self.train.items.items():
             options = item.options
@@ -136,6 +150,10 @@ class Metrics:
         """Collective: reduce what was logged with on_epoch since the last call; the numbers by the names they go under."""
         values = results.epoch_values(self._strategy)
         if results is self.train:  # what the last steps logged must not hide the epoch's values
+            if self.where is not None:
+                steps = results.step_values(self._strategy)
+                self.callback.update({step_name(n, o): v for n, (o, v) in steps.items()})
+                self.callback.update({n: v for n, (_, v) in steps.items()})
             self.callback.update(self._unpublished())
             for item in results.items.values():
                 item.published = True
@@ -187,3 +205,9 @@ class Metrics:
     def load_state_dict(self, module: LightningModule, state: dict[str, Any]) -> None:
         self.train.load_state_dict(state["logged"], self._strategy.device)
         load_metric_states(module, state["metrics"], self._strategy.device)
+
+    def load_moved(self, states: list[dict[str, Any]]) -> None:
+        """Of all ranks of another world size. Only with virtual ranks: what they have summed up belongs to none of them.
+        Metric objects begin anew."""
+        if isinstance(self.train, VirtualResults) and self._strategy.is_global_zero:
+            self.train.load_merged([state["logged"] for state in states], self._strategy.device)

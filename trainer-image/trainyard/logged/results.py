@@ -26,6 +26,10 @@ class Results:
         self.known: dict[tuple[str, str | None, int | None], Item] = {}
         """By (name, hook, number of the loader) as they were given to `log`: found without any rule being looked up."""
 
+    def make(self, options: Options, args: Any, metric: Any) -> Item:
+        """An item of this kind of results."""
+        return Item(options, args, metric)
+
     def add(self, key: str, item: Item) -> Item:
         """Raises MisconfigurationException if `key` was logged otherwise before."""
         before = self.items.get(key)
@@ -76,7 +80,7 @@ class Results:
         for name, item in fresh.items():
             item.fresh = False
             if item.metric is not None:
-                out[name] = (item.options, _single(name, item.metric.compute()))
+                out[name] = (item.options, single(name, item.metric.compute()))
                 continue
             total, weight = item.sums(strategy.device)
             if total is not None:
@@ -138,7 +142,8 @@ def _sync(
     return out
 
 
-def _single(name: str, value: Any) -> torch.Tensor:
+def single(name: str, value: Any) -> torch.Tensor:
+    """What a metric computed. Raises ValueError for more than one number."""
     import torch
 
     if not isinstance(value, torch.Tensor) or value.numel() != 1:

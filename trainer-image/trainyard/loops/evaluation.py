@@ -9,6 +9,7 @@ import torch
 
 from trainyard.data.loader import Feed
 from trainyard.data.transfer import Transfer
+from trainyard.determinism import seed_between, seed_evaluation
 from trainyard.failure.stop import LAST
 from trainyard.loops.steps import make_step, positional
 from trainyard.reproducibility import rng_state, set_rng_state
@@ -60,6 +61,8 @@ class EvaluationLoop:
                 call(f"on_{stage}_end")
         metrics.stage = before
         self.results.reset()
+        if trainer.strategy.virtual_ranks:
+            seed_between(trainer.loop_state, "evaluated", stage)
         if not complete:
             set_rng_state(rng)  # type: ignore[arg-type]
             for feed, state in zip(feeds, data, strict=True):
@@ -86,22 +89,34 @@ class EvaluationLoop:
         step = eval_step(trainer, f"{stage}_step", several=several)
         together = trainer.strategy.forward_is_collective
         with contextlib.closing(feed.iterate(0, 0)) as batches:  # type: ignore[type-var]
-            for index, (plan, raw) in enumerate(batches):
+            index, opens = 0, True
+            for plan, raw in batches:
                 if index == limit:
                     break
-                self._begun += 1
-                if self._leaves(self._begun):
-                    return False
-                if plan.padding and not together:
-                    continue  # nothing here is collective, and a sample must not be counted twice
-                trainer.is_last_batch = plan.last
-                batch = self._transfer(raw, number)
-                metrics.batch, metrics.weight = batch, 0 if plan.padding else None
-                args = (batch, index, number) if several else (batch, index)
-                call(f"on_{stage}_batch_start", *args)
-                output = step(batch, index, number)
-                call(f"on_{stage}_batch_end", output, *args)
-                self._flush_step()
+                if (
+                    opens
+                ):  # virtual ranks of one process share their number, which is the same on all processes
+                    self._begun += 1
+                    if self._leaves(self._begun):
+                        return False
+                opens = plan.counts > 0
+                if (
+                    not plan.padding or together
+                ):  # else: nothing is collective, and no sample must be counted twice
+                    if plan.virtual is not None:
+                        seed_evaluation(trainer.loop_state, stage, number, index, plan)
+                    metrics.enter(plan.virtual, self._begun)
+                    trainer.is_last_batch = plan.last
+                    batch = self._transfer(raw, number)
+                    metrics.batch, metrics.weight = batch, 0 if plan.padding else None
+                    args = (batch, index, number) if several else (batch, index)
+                    call(f"on_{stage}_batch_start", *args)
+                    output = step(batch, index, number)
+                    call(f"on_{stage}_batch_end", output, *args)
+                    metrics.enter(None, self._begun)
+                index += plan.counts
+                if opens and (not plan.padding or plan.virtual is not None):
+                    self._flush_step()
         return True
 
     def _leaves(self, number: int) -> bool:

@@ -13,10 +13,10 @@ from trainyard.data.batches import size_of
 from trainyard.data.batching import settle
 from trainyard.data.loader import Feed, SampledFeed
 from trainyard.data.transfer import Transfer
+from trainyard.determinism import seed_batch, seed_between
 from trainyard.failure.errors import SIGTERMException
 from trainyard.loops.evaluation import EvaluationLoop
-from trainyard.optimization.automatic import AutomaticOptimization
-from trainyard.optimization.manual import ManualOptimization
+from trainyard.optimization.make import make_optimization
 from trainyard.optimization.schedulers import step_schedulers
 from trainyard.reproducibility import isolate_rng
 from trainyard.trainer.rescue import Rescue
@@ -52,9 +52,8 @@ class FitLoop:
         self.restore_rank = restore_rank
         """To be called once, right before the first batch."""
         self.rescue = trainer.rescue = Rescue.of(trainer)
-        automatic = trainer.lightning_module.automatic_optimization
         self._total_steps: int | None = None
-        self.optimization = (AutomaticOptimization if automatic else ManualOptimization)(trainer, self.call)
+        self.optimization = make_optimization(trainer, self.call)
         self.transfer = Transfer(trainer)
         self.validation = EvaluationLoop(trainer, "validation", within_fit=True)
         self._validation_clock = self._make_clock()
@@ -114,6 +113,7 @@ class FitLoop:
         """A resume in the middle of an epoch calls the hooks again, and then takes up what they may have changed."""
         restore, self.restore_rank = self.restore_rank, None
         fresh = not self.state.mid_epoch
+        self.forget_draws("epoch")
         if fresh and restore is not None:
             restore()
         if fresh:
@@ -126,6 +126,12 @@ class FitLoop:
         self._total_steps = self.trainer.total_steps
         if not fresh and restore is not None:
             restore()
+        self.forget_draws("epoch opened")
+
+    def forget_draws(self, where: str) -> None:
+        """With virtual ranks: what this process has drawn so far must not matter."""
+        if self.trainer.strategy.virtual_ranks:
+            seed_between(self.state, where)
 
     def close_epoch(self, complete: bool) -> None:
         trainer, state = self.trainer, self.state
@@ -151,22 +157,30 @@ class FitLoop:
     def run_batch(self, plan: Batch, raw: Any) -> bool:
         """Whether the rest of the epoch is to be skipped."""
         trainer, state, metrics, call = self.trainer, self.state, self.metrics, self.call
-        index = state.batches
+        index = state.batches + plan.turn
+        if plan.virtual is not None:
+            seed_batch(state, plan)
         batch = self.transfer(raw, 0)
         trainer.batch_plan = plan
         trainer.is_last_batch = plan.last
         metrics.batch, metrics.weight = batch, 0 if plan.padding else None
+        own, moment = None if plan.padding else plan.virtual, state.step
+        metrics.enter(own, moment)
         if call("on_train_batch_start", batch, index) == _SKIP_EPOCH:
             return True
         stepped = state.stepped
         self.optimization.run(plan, batch, index)
-        state.samples, state.batches, state.validated = plan.end, index + 1, False
-        state.total_batches += 1
+        if plan.counts:
+            state.samples, state.validated = plan.end, False
+            state.batches += plan.counts
+            state.total_batches += plan.counts
         if plan.steps:
             step_schedulers(trainer, "step", plateau=False)
         if plan.last:
             step_schedulers(trainer, "epoch", plateau=False)
+        metrics.enter(own, moment)
         call("on_train_batch_end", self.optimization.outputs, batch, index)
+        metrics.enter(None, moment)
         if state.stepped > stepped:
             self.report(plan, batch)
         metrics.batch = None
@@ -179,7 +193,7 @@ class FitLoop:
         if self._validation_clock is not None:
             return plan.steps and self._validation_clock.due(self.state.total_batches)
         return self.schedule.validates_within(
-            self.state, batches=self.feed.batches, last=plan.last, scale=self.feed.scale
+            self.state, batches=self.feed.batches, last=plan.last, scale=self.feed.scale, counts=plan.counts
         )
 
     def _make_clock(self) -> TimeTrigger | None:

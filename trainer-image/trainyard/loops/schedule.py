@@ -69,10 +69,10 @@ class Schedule:
         return should_stop and state.epoch >= self.min_epochs and state.step >= self.min_steps
 
     def validates_within(
-        self, state: LoopState, *, batches: int | None, last: bool, scale: Fraction = _ONE
+        self, state: LoopState, *, batches: int | None, last: bool, scale: Fraction = _ONE, counts: int = 1
     ) -> bool:
         """After a batch that is not the epoch's last; `batches` is the epoch's length if it is known. `scale`: batches of
-        now for each of when the run began (`Feed.scale`)."""
+        now for each of when the run began (`Feed.scale`). `counts`: `Batch.counts`."""
         every = self.val_check_interval
         if self.val_check_seconds is not None:
             return False
@@ -85,7 +85,7 @@ class Schedule:
         else:
             every = max(1, round(every * scale))
         count = state.total_batches if self.check_val_every_n_epoch is None else state.batches
-        return count % every == 0
+        return count // every > (count - counts) // every
 
     def validates_at_end(
         self, state: LoopState, *, complete: bool, should_stop: bool, scale: Fraction = _ONE

@@ -68,7 +68,9 @@ class AutomaticOptimization:
                 optimizer.step()
             else:
                 metrics = self.trainer.metrics
-                if self._rescue is not None and self._own_step:  # nobody knows what it does before its closure
+                if (
+                    self._rescue is not None and self._own_step
+                ):  # nobody knows what it does before its closure
                     self._rescue.changes()
                 before, metrics.hook = metrics.hook, "optimizer_step"
                 self._optimizer_step(self.state.epoch, index, optimizer, self.closure)

@@ -41,6 +41,8 @@ class Strategy(StrategyFacade):
     """Set by the Trainer: then nobody waits for the other ranks any more."""
     replicates_parameters: bool = False
     """Whether all processes hold all parameters, bit for bit alike."""
+    takes_virtual_ranks: bool = False
+    """Whether it computes by virtual ranks (`virtual_ranks`): it leaves the gradients to the loop then."""
     has_engine: bool = False
     """Whether an engine behind it keeps weights and optimizer states in a form of its own (deepspeed): only `model_state`
     and `optimizer_state` show them."""
@@ -145,6 +147,9 @@ class Strategy(StrategyFacade):
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         """Rank `src`'s object, of any kind that can be pickled."""
         return obj
+
+    def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
+        """Rank 0's values into everybody's tensors, which are alike but for the values."""
 
     def barrier(self, name: str | None = None) -> None:
         """All ranks come here. `name` is for the reader."""

@@ -53,6 +53,7 @@ class DDPStrategy(ParallelStrategy):
             "find_unused_parameters": find_unused_parameters, "static_graph": static_graph,
             "gradient_as_bucket_view": gradient_as_bucket_view, **theirs,
         }  # fmt: skip
+        self.takes_virtual_ranks = ddp_comm_hook is None
         self._ddp: DistributedDataParallel | None = None
         self._manual = False
         self._syncs = True
@@ -66,7 +67,10 @@ class DDPStrategy(ParallelStrategy):
         if training:
             self.apply_layer_sync(module)
         super().setup(module, training=training)
-        if training and self.world_size > 1 and any(p.requires_grad for p in module.parameters()):
+        if training and self.virtual_ranks:
+            # Rank 0's weights, as DistributedDataParallel does; the loop adds up the gradients.
+            self.broadcast_tensors([*module.parameters(), *module.buffers()])
+        elif training and self.world_size > 1 and any(p.requires_grad for p in module.parameters()):
             self._wrap(module)
 
     def _wrap(self, module: LightningModule) -> None:

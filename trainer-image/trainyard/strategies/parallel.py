@@ -137,6 +137,19 @@ class ParallelStrategy(Strategy):
         with contextlib.nullcontext() if sync_grads else torch.no_grad():
             return all_gather(tensor, group)
 
+    def broadcast_tensors(self, tensors: list[torch.Tensor]) -> None:
+        import torch.distributed as dist
+
+        kinds: dict[torch.dtype, list[torch.Tensor]] = {}
+        for tensor in tensors if self.world_size > 1 else ():
+            kinds.setdefault(tensor.dtype, []).append(tensor)
+        for alike in kinds.values():
+            flat = torch.cat([tensor.detach().reshape(-1) for tensor in alike])
+            dist.broadcast(flat.view(torch.uint8), src=0)
+            with torch.no_grad():
+                for tensor, part in zip(alike, flat.split([t.numel() for t in alike]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
     def broadcast(self, obj: Any, src: int = 0) -> Any:
         import torch.distributed as dist
 

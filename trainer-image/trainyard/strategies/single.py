@@ -9,3 +9,4 @@ class SingleDeviceStrategy(Strategy):
     """What the base class does."""
 
     name = "single_device"
+    takes_virtual_ranks = True

@@ -75,9 +75,9 @@ def check(values: Mapping[str, Any]) -> dict[str, Any]:
     clip = values["gradient_clip_val"]
     if clip is not None and (isinstance(clip, bool) or not isinstance(clip, int | float) or clip < 0):
         raise MisconfigurationException(f"gradient_clip_val: {clip!r} is not a number of at least 0")
-    if values["deterministic"] not in (None, True, False, "warn"):
+    if values["deterministic"] not in (None, True, False, "warn", "elastic"):
         raise MisconfigurationException(
-            f"deterministic: {values['deterministic']!r} is not True, False or 'warn'"
+            f"deterministic: {values['deterministic']!r} is not True, False, 'warn' or 'elastic'"
         )
     for name in ("max_epochs", "max_steps", "min_epochs", "min_steps"):
         value = values[name]

@@ -111,8 +111,9 @@ def resume_state(trainer: Trainer) -> tuple[LoopState, bool]:
     state, hook = dataclasses.replace(trainer.loop_state), trainer.metrics.hook
     if hook == "on_train_batch_end" and trainer.val_feeds:
         state.validates |= trainer.schedule.validates_within(
-            state, batches=trainer.train_feed.batches, last=trainer.is_last_batch, scale=trainer.train_feed.scale
-        )
+            state, batches=trainer.train_feed.batches, last=trainer.is_last_batch, scale=trainer.train_feed.scale,
+            counts=trainer.batch_plan.counts,
+        )  # fmt: skip
     if hook != "on_train_epoch_end":
         return state, False
     whole = _all_batches_used(trainer, state)
