@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 import torch
 
+from trainyard import determinism
 from trainyard.accelerators import make_accelerator
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.errors import CheckpointError, exit_code
@@ -99,7 +100,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         sync_batchnorm: bool = False, reload_dataloaders_every_n_epochs: int = 0,
         default_root_dir: str | Path | None = None, enable_autolog_hparams: bool = True,
         model_registry: str | None = None, suggest_integrations: bool = True,
-        checkpoint: CheckpointConfig | None = None,
+        checkpoint: CheckpointConfig | None = None, virtual_ranks: int | None = None,
     ) -> None:  # fmt: skip
         given = arguments.check({k: v for k, v in locals().items() if k != "self"})
         quick = int(fast_dev_run)
@@ -127,7 +128,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
             summary=given["enable_model_summary"] is not False and not quick, max_time=max_time,
         )  # fmt: skip
         self.profiler = make_profiler(given["profiler"])
-        _torch_flags(deterministic, benchmark, detect_anomaly)
+        _torch_flags("elastic" if self.strategy.virtual_ranks else deterministic, benchmark, detect_anomaly)
         self._begin()
 
     def _compose(self, given: dict[str, Any]) -> None:
@@ -147,6 +148,9 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.strategy = make_strategy(name, place, accelerator, devices=given["devices"], processes=processes)
         self.place = self.strategy.place = launchers.place_for(self.strategy.launch, asked, nodes)
         equip(self.strategy, given["precision"], self.plugins, given["sync_batchnorm"])
+        determinism.equip(
+            self.strategy, determinism.virtual_ranks(given["deterministic"], given["virtual_ranks"])
+        )
 
     def _begin(self) -> None:
         """What every fit makes anew, so that there is something to be read before one."""
@@ -532,6 +536,9 @@ def _torch_flags(deterministic: bool | str | None, benchmark: bool | None, detec
         import os
 
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    if deterministic == determinism.ELASTIC:
+        determinism.use_one_thread()
+        benchmark = bool(benchmark)  # it chooses kernels by how long they take
     if benchmark is not None:
         torch.backends.cudnn.benchmark = benchmark
     if detect_anomaly:
