@@ -5,17 +5,22 @@ Under `<uri>/<run-uid>/` (S3 prefix or directory):
     data/step-000000000120/a000003/shard-00001-of-00004.safetensors  one per rank, written by that rank's pod
     data/step-000000000120/a000003/shard-00001-of-00004.json         its size and checksums, written after it
     commits/00000017.json                                            record 17 of the log
+    commits/00000017.000003-5be1c0ffee00d1ce.json                    the same, on a server without conditional writes
 
 Records are numbered without gaps from 1 and created by a conditional PUT (`If-None-Match: *`; O_EXCL in a
 directory). Two kinds: a *fence* opens an attempt, a *commit* makes a step durable. A writer appends record
 k+1 only after it has read all records up to k and seen no fence of a newer attempt. So a writer of an older
 attempt meets either a key that is taken (it reads on, finds the fence, and drops) or, if the tail it knew
 was pruned, writes below the newest record, where no reader looks. That is the whole fence: it needs no clock,
-no lock and no operator. docs/decisions/0003-commit-log.md has the argument.
+no lock and no operator. docs/decisions/0003-commit-log.md has the argument, and what is done where a server
+has no conditional writes.
+
+The order of records is that of (attempt, seq): the numbers' own, but for what a fenced writer has left behind.
 """
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -26,10 +31,19 @@ from trainyard_api.serde import decode, encode
 MANIFEST_VERSION = 2
 SAFE_KEY = re.compile(r"data/step-\d{12}/a\d{6}/shard-\d{5}-of-\d{5}\.safetensors")
 """What a manifest may name. Anything else (.., absolute, other run) makes the manifest invalid."""
+RECORD_KEY = re.compile(r"commits/(\d{8})(?:\.(\d{6,})-([0-9a-f]{16}))?\.json")
+"""Groups: seq; attempt and nonce, if the server has no conditional writes."""
+SAVE_PREFIX = re.compile(r"data/step-(\d{12})/a(\d{6})/")
+"""Groups: step, attempt."""
 
 
 def commit_key(seq: int) -> str:
     return f"commits/{seq:08d}.json"
+
+
+def unique_commit_key(seq: int, attempt: int, nonce: str) -> str:
+    """For a server without conditional writes: no two writers ever choose the same."""
+    return f"commits/{seq:08d}.{attempt:06d}-{nonce}.json"
 
 
 def step_prefix(step: int, attempt: int) -> str:
@@ -147,17 +161,50 @@ def check_fence(records: Iterable[Record], attempt: int) -> None:
         raise Fenced(f"attempt {newest} has begun; attempt {attempt} may not write")
 
 
+def order(record: Record) -> tuple[int, int]:
+    """Sort key: the newest record has the highest."""
+    return record.attempt, record.seq
+
+
 def commits_newest_first(records: Iterable[Record]) -> list[Record]:
     """Candidates for a resume, in the order in which to try them."""
-    return sorted((r for r in records if r.kind == "commit"), key=lambda r: r.seq, reverse=True)
+    return sorted((r for r in records if r.kind == "commit"), key=order, reverse=True)
 
 
-def prunable(records: Iterable[Record], *, keep: int) -> list[Record]:
-    """Commits whose data may be deleted: all but the newest `keep` (at least 2, or all there are).
+def newest_fence(records: Iterable[Record]) -> Record | None:
+    return max((r for r in records if r.kind == "fence"), key=order, default=None)
 
-    Never one at or above the newest fence's parent: an attempt may be loading it.
+
+def best_commits(records: Iterable[Record], metric: str, mode: str, count: int) -> list[Record]:
+    """Up to `count` commits with the best values of `metric` ("min" or "max"), the best first, of equals the newest."""
+    logged = [r for r in commits_newest_first(records) if math.isfinite(r.metrics.get(metric, math.nan))]
+    sign = -1 if mode == "max" else 1
+    return sorted(logged, key=lambda r: sign * r.metrics[metric])[:count]
+
+
+def prunable(
+    records: Iterable[Record], *, keep: int, keep_best: tuple[str, str, int] | None = None
+) -> list[Record]:
+    """Commits whose data may be deleted: all but the newest `keep` (at least 2, or all there are) and the best by
+    `keep_best` (metric, "min" or "max", how many).
+
+    Never the parent of the newest fence: that attempt has found it to be good, may be loading it, and the newer ones that it
+    passed over are none.
     """
     records = list(records)
     commits = commits_newest_first(records)
-    in_use = max((r.parent for r in records if r.kind == "fence"), default=0)
-    return [r for r in commits[max(keep, 2) :] if r.seq != in_use]
+    kept = {order(r) for r in commits[: max(keep, 2)]}
+    if keep_best is not None:
+        kept |= {order(r) for r in best_commits(records, *keep_best)}
+    fence = newest_fence(records)
+    in_use = fence.parent if fence else 0
+    return [r for r in commits if order(r) not in kept and r.seq != in_use]
+
+
+def spent_fences(records: Iterable[Record], pruned: Iterable[Record]) -> list[Record]:
+    """Fences below the oldest commit that is left after `pruned` are gone; never the newest fence."""
+    records = list(records)
+    gone = {order(r) for r in pruned}
+    oldest = min((order(r) for r in records if r.kind == "commit" and order(r) not in gone), default=(0, 0))
+    newest = newest_fence(records)
+    return [r for r in records if r.kind == "fence" and r is not newest and order(r) < oldest]
