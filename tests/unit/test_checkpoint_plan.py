@@ -17,6 +17,7 @@ from torch.distributed.tensor import DTensor, Partial, Placement, Replicate, Sha
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
 from trainyard.checkpoint.errors import CheckpointConfigError
+from trainyard.checkpoint.format.tree import flatten
 from trainyard.checkpoint.plan import LEAST_CUT, Assigned, assign, rank_path, stretch
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float64, torch.int8, torch.bool, torch.complex64)
@@ -250,3 +251,14 @@ def test_pending_sums_are_refused() -> None:
         tensor = DTensor.from_local(torch.ones(2), mesh, [Partial()], run_check=False)
         with pytest.raises(CheckpointConfigError, match="Partial"):
             assign({"checkpoint.w": tensor}, rank=0, world=2)
+
+
+def test_tied_dtensors_are_tied_on_every_rank() -> None:
+    """Also where they have no elements: else a rank would ask for a name that no other wrote."""
+    for rank in range(3):
+        with as_rank(rank, 3):
+            mesh = DeviceMesh("cpu", torch.arange(3))
+            weight = sharded(torch.arange(2.0), mesh, [Shard(0)])
+            other = sharded(torch.arange(2.0), mesh, [Shard(0)])
+            found = flatten({"head": weight.detach(), "embedding": weight.detach(), "other": other})[1]
+            assert list(found) == ["checkpoint.head", "checkpoint.other"]

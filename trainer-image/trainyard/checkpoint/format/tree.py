@@ -1,7 +1,8 @@
 """A state of nested dicts, lists and tensors as a JSON skeleton and named tensors, and back. Nothing is ever pickled.
 
 In the skeleton JSON's own kinds stand for themselves; all else is an object with one key that begins with "$":
-`{"$tensor": [name, dtype, shape of the whole]}`, `{"$tuple": [...]}`, `{"$dict": [[key, value], ...]}` (keys that are not plain strings), ...
+`{"$tensor": [name, dtype, shape of the whole]}`, `{"$tuple": [...]}`,
+`{"$dict": [[key, value], ...]}` (keys that are not plain strings), ...
 """
 
 from __future__ import annotations
@@ -95,16 +96,16 @@ class _Flattener:
             [self.node(k, f"{path} (key)", depth + 1), self.node(v, f"{path}.{k}", depth + 1)]
             for k, v in value.items()
         ]
-        kind = {OrderedDict: "$odict", Counter: "$counter"}.get(type(value), "$dict")
-        return {kind: pairs}
+        kind = type(value)
+        return {"$odict" if kind is OrderedDict else "$counter" if kind is Counter else "$dict": pairs}
 
     def _tensor(self, value: torch.Tensor, path: str) -> Any:
         import torch
         from torch.distributed.tensor import DTensor
 
         if isinstance(value, DTensor):
-            local = value.to_local()
-            return self._ref(value, path, (local.data_ptr(), value.shape) if local.numel() else None)
+            # The storage itself, not its address: a rank without elements of tied weights names them as the others do.
+            return self._ref(value, path, (*_where(value.to_local()), value.shape, value.placements))
         if value.layout is torch.sparse_coo:
             value = value.coalesce()
             parts = [
@@ -116,15 +117,10 @@ class _Flattener:
             what = "meta" if value.is_meta else "quantized" if value.is_quantized else str(value.layout)
             raise CheckpointConfigError(f"{path}: a {what} tensor cannot be in a checkpoint")
         if value.dtype is torch.complex128:
-            return {"$complex128": self._tensor(torch.view_as_real(value.resolve_conj()), path)}
+            return {"$complex128": self._tensor(torch.view_as_real(value.resolve_conj().resolve_neg()), path)}
         if to_name(value.dtype) is None:
             raise CheckpointConfigError(f"{path}: a tensor of {value.dtype} cannot be in a checkpoint")
-        same = (
-            (value.data_ptr(), value.device, value.dtype, value.shape, value.stride())
-            if value.numel()
-            else None
-        )
-        return self._ref(value, path, same)
+        return self._ref(value, path, _where(value) if value.numel() else None)
 
     def _ref(self, value: torch.Tensor, path: str, same: Any) -> Any:
         return {"$tensor": [self._name(value, path, same), to_name(value.dtype), list(value.shape)]}
@@ -140,6 +136,14 @@ class _Flattener:
         if same is not None:
             self._names[same] = name
         return name
+
+
+def _where(value: torch.Tensor) -> tuple[Any, ...]:
+    """Equal for two tensors that are the same elements of the same memory, read in the same way."""
+    return (
+        value.untyped_storage()._cdata, value.storage_offset(), value.dtype, value.shape, value.stride(),
+        value.is_conj(), value.is_neg(),
+    )  # fmt: skip
 
 
 def refs(skeleton: Any) -> list[Ref]:
@@ -186,29 +190,33 @@ def _special(kind: str, given: Any, tensor: Callable[[Ref], Any], depth: int) ->
         case "$float" if given in ("nan", "inf", "-inf"):
             return float(given)
         case "$tuple":
-            return tuple(_build(v, tensor, depth) for v in given)
+            return tuple(_build(v, tensor, depth) for v in _list(given))
         case "$set":
-            return {_build(v, tensor, depth) for v in given}
+            return {_build(v, tensor, depth) for v in _list(given)}
         case "$dict" | "$odict" | "$counter":
-            pairs = [(_build(k, tensor, depth), _build(v, tensor, depth)) for k, v in given]
-            return {"$dict": dict, "$odict": OrderedDict, "$counter": lambda p: Counter(dict(p))}[kind](pairs)
+            pairs = [
+                (_build(k, tensor, depth), _build(v, tensor, depth)) for k, v in map(_list, _list(given))
+            ]
+            if kind == "$counter":
+                return Counter(dict(pairs))
+            return OrderedDict(pairs) if kind == "$odict" else dict(pairs)
         case "$bytes":
             return base64.b64decode(given, validate=True)
         case "$complex":
-            real, imaginary = given
+            real, imaginary = _list(given)
             return complex(float(real), float(imaginary))
         case "$size":
-            return torch.Size(given)
+            return torch.Size(_lengths(given))
         case "$dtype":
             return _dtype(given)
-        case "$device":
+        case "$device" if isinstance(given, str):
             return torch.device(given)
         case "$sparse":
-            indices, values, shape = given
+            indices, values, shape = _list(given)
             parts = _build(indices, tensor, depth), _build(values, tensor, depth)
             if parts[0] is None or parts[1] is None:
                 return None
-            return torch.sparse_coo_tensor(*parts, size=shape, check_invariants=True).coalesce()
+            return torch.sparse_coo_tensor(*parts, size=_lengths(shape), check_invariants=True).coalesce()
         case "$complex128":
             real_pairs = _build(given, tensor, depth)
             return None if real_pairs is None else torch.view_as_complex(real_pairs)
@@ -216,11 +224,24 @@ def _special(kind: str, given: Any, tensor: Callable[[Ref], Any], depth: int) ->
 
 
 def _ref(given: Any) -> Ref:
-    name, dtype, shape = given
+    name, dtype, shape = _list(given)
     known = from_name(dtype)
-    if not isinstance(name, str) or known is None or any(type(n) is not int or n < 0 for n in shape):
+    if not isinstance(name, str) or known is None:
         raise ValueError("no reference to a tensor")
-    return Ref(name, known, tuple(shape))
+    return Ref(name, known, tuple(_lengths(shape)))
+
+
+def _list(given: Any) -> list[Any]:
+    """Not a string or an object, which can be iterated, too."""
+    if not isinstance(given, list):
+        raise TypeError("not a list")
+    return given
+
+
+def _lengths(given: Any) -> list[int]:
+    if any(type(n) is not int or n < 0 for n in _list(given)):
+        raise ValueError("not a shape")
+    return given  # type: ignore[no-any-return]
 
 
 def _dtype(name: str) -> torch.dtype:
@@ -228,5 +249,5 @@ def _dtype(name: str) -> torch.dtype:
 
     found = getattr(torch, name) if name.isidentifier() else None
     if not isinstance(found, torch.dtype):
-        raise ValueError("no dtype")
+        raise TypeError("no dtype")
     return found
