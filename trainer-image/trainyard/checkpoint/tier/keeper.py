@@ -138,9 +138,13 @@ class Keeper:
             if not self.on or not path.is_file():
                 return False
             if not self._room(path):
+                self.no_copies(
+                    f"{self.own.root} has no room for copies of other nodes beside two saves of its own"
+                )
+            if not self._room(path):
                 self.off(
-                    f"{self.own.root} has no room for two saves of {descriptor.shard.size >> 20} MiB: the newest "
-                    "checkpoint is not kept on this node any more"
+                    f"{self.own.root} has no room for two saves of {len(self._ranks)} x "
+                    f"{descriptor.shard.size / 2**20:.1f} MiB: the newest checkpoint is not kept on this node any more"
                 )
                 return False
             self.own.put(descriptor)
@@ -216,7 +220,7 @@ class Keeper:
     def no_copies(self, why: str) -> None:
         """From now on; once."""
         with self._lock:
-            if self._take_copies:
+            if self._take_copies and self.copies.root.is_dir():
                 self._take_copies = False
                 self._warn(why)
             shutil.rmtree(self.copies.root, ignore_errors=True)
@@ -250,11 +254,13 @@ class Keeper:
         self.own.tidy(path.parent)
 
     def _room(self, path: Path) -> bool:
-        """Whether a save as large as this one fits beside it."""
-        size = path.stat().st_size
-        return shutil.disk_usage(path.parent).free >= size or any(
-            free.stat().st_size >= size for free in self._free.glob("*.safetensors")
-        )
+        """Whether a next save as large as this one fits, for which files of older ones may be overwritten."""
+        reusable = [*self._free.glob("*.safetensors")]
+        for save in self.own.saves():
+            reusable += [self.own.path(key) for key in self.own.shards(save) if save != _save_at(path)]
+        spare = sum(file.stat().st_size for file in reusable)
+        needed = path.stat().st_size * max(1, len(self._ranks))
+        return shutil.disk_usage(path.parent).free + spare >= needed
 
     def _clear(self) -> None:
         """Delete all that is kept."""
@@ -273,6 +279,11 @@ class Keeper:
             self.off(
                 f"{what} on this node failed ({error.strerror or error}): checkpoints are not kept here any more"
             )
+
+
+def _save_at(path: Path) -> Save:
+    attempt, step = path.parent.name, path.parent.parent.name
+    return int(attempt[1:]), int(step.removeprefix("step-"))
 
 
 def write_whole(path: Path, data: bytes, mode: int = 0o644) -> None:
