@@ -14,6 +14,9 @@ from typing import Any
 from trainyard.checkpoint.errors import NotFound, StoreConfigError, StoreError, StoreUnavailable
 
 CONNECTIONS = 16
+CONNECT_SECONDS = 3.0
+READ_SECONDS = 30.0
+"""How long the server may be silent."""
 _CREDENTIALS = {
     "InvalidAccessKeyId", "SignatureDoesNotMatch", "ExpiredToken", "InvalidToken", "TokenRefreshRequired",
     "AuthorizationHeaderMalformed",
@@ -115,8 +118,8 @@ def client(endpoint: str | None, region: str | None, settings: tuple[tuple[str, 
         # Every S3 request must be signed for some region; servers other than AWS take this one.
         region_name=region or session.region_name or "us-east-1",
         config=Config(
-            connect_timeout=3,
-            read_timeout=30,
+            connect_timeout=CONNECT_SECONDS,
+            read_timeout=READ_SECONDS,
             max_pool_connections=CONNECTIONS,
             # Path style unless it is AWS: `bucket.10.0.0.7:9000` does not resolve.
             s3={"addressing_style": "auto" if ".amazonaws.com" in _endpoint(session, endpoint) else "path"},
