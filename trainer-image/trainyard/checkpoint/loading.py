@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.errors import CheckpointError, ShardInvalid
@@ -32,6 +32,8 @@ class State:
     """What the rank of this number knew; None if the checkpoint has no such rank."""
     first: dict[str, Any]
     """What rank 0 knew."""
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    """On rank 0, if there are more or fewer ranks now: what each rank knew, with None for each tensor."""
 
 
 def whole(_: dict[str, Any]) -> Callable[[str, Index], torch.Tensor | None]:
@@ -63,7 +65,11 @@ def load_state(
     for key, value in state.items():
         if not isinstance(value, dict):
             raise ShardInvalid(f"step {reader.record.step}: {key!r} is no dict")
-    return State(main=state["main"], own=state.get("own"), first=state["first"])
+    ranks: list[dict[str, Any]] = []
+    if rank == 0 and peers is not None and peers.world != reader.record.world_size:
+        every = range(reader.record.world_size)
+        ranks = [unflatten(reader.tree("rank", number), lambda ref: None) for number in every]
+    return State(main=state["main"], own=state.get("own"), first=state["first"], ranks=ranks)
 
 
 def _prepare(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.errors import CheckpointError
@@ -32,6 +32,8 @@ class Source:
     """What rank 0 knew, at any world size."""
     uri: str
     """For messages."""
+    ranks: list[dict[str, Any]] = field(default_factory=list)
+    """On rank 0, if the checkpoint is of another world size: what each rank knew, but for tensors."""
 
     @property
     def own(self) -> dict[str, Any] | None:
@@ -42,7 +44,10 @@ class Source:
 def from_engine(loaded: Loaded, world: int) -> Source:
     """What the checkpoint engine found."""
     same, state = loaded.record.world_size == world, loaded.state
-    return Source(checkpoint=state.main, rank=state.own if same else None, first=state.first, uri=loaded.uri)
+    return Source(
+        checkpoint=state.main, rank=state.own if same else None, first=state.first, uri=loaded.uri,
+        ranks=[] if same else state.ranks,
+    )  # fmt: skip
 
 
 def from_file(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool | None = None) -> Source:
@@ -70,6 +75,7 @@ def from_file(trainer: Trainer, path: str | os.PathLike[str], weights_only: bool
         rank=ranks[rank] if same else None,
         first=ranks[0] if ranks else None,
         uri=str(path),
+        ranks=[] if same else ranks,
     )
 
 

@@ -87,6 +87,8 @@ def restore_rank(trainer: Trainer, loaded: Loaded | Source) -> None:
         reseed(derived_seed("resume", state.seed, state.step, trainer.global_rank))
         if source.first is not None:
             _restore_data(trainer, source.first, moved=True)
+        if state.mid_epoch and source.ranks:
+            trainer.metrics.load_moved([rank["sums"] for rank in source.ranks])
         return
     if state.mid_epoch:
         trainer.metrics.load_state_dict(trainer.lightning_module, own["sums"])
