@@ -33,7 +33,14 @@ _BUSY = {
     "503",
     "429",
 }
-_AGAIN = {"RequestTimeout", "BadDigest", "XAmzContentSHA256Mismatch", "IncompleteBody", "NoSuchUpload"}
+_AGAIN = {
+    "RequestTimeout",
+    "BadDigest",
+    "XAmzContentSHA256Mismatch",
+    "IncompleteBody",
+    "NoSuchUpload",
+    "InvalidPart",
+}
 _SIGNER = "trainyard-s3v4"
 
 

@@ -24,6 +24,8 @@ WORKERS = 8
 _PART_SECONDS = 30.0
 """How long one part is tried again before the whole upload is given up."""
 _TAKEN = {"PreconditionFailed", "412"}
+_GONE = {"NoSuchUpload", "InvalidPart"}
+"""The upload is not there any more: finished or aborted."""
 _NOT_OFFERED = {"NotImplemented", "501"}
 
 
@@ -194,7 +196,7 @@ class S3Store:
             )  # fmt: skip
             found = answer.get("ChecksumSHA256")
         except StoreUnavailable as error:
-            if _code(error.__cause__) != "NoSuchUpload":
+            if _code(error.__cause__) not in _GONE:
                 raise
             # An earlier try may have done it, and only its answer was lost.
             try:
@@ -296,15 +298,15 @@ class S3Store:
                 return call()
 
         def on_retry(error: StoreUnavailable, _tries: int) -> None:
-            if _code(error.__cause__) == "NoSuchUpload":
+            if _code(error.__cause__) in _GONE:
                 raise error
 
         return with_retries(once, seconds=_PART_SECONDS, on_retry=on_retry)
 
 
 def _code(error: BaseException | None) -> str:
-    return code_of(error) if hasattr(error, "response") else ""
+    return code_of(error) if isinstance(getattr(error, "response", None), dict) else ""
 
 
 def _status(error: BaseException | None) -> int:
-    return status_of(error) if hasattr(error, "response") else 0
+    return status_of(error) if isinstance(getattr(error, "response", None), dict) else 0
