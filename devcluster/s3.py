@@ -147,10 +147,15 @@ class S3Server:
         self.stop()
 
 
-def command_line(binary: Path, data_dir: Path, access: S3Access) -> list[object]:
-    """What the server is started with."""
+def command_line(
+    binary: Path, data_dir: Path, access: S3Access, access_log: Path | None = None
+) -> list[object]:
+    """What the server is started with. `access_log` gets a line for each request, in S3's own format."""
     address = f"{access.host}:{access.port}"
-    return [binary, "--port", address, "--region", REGION, "--health", _HEALTH, "--quiet", "posix", data_dir]
+    logged: list[object] = [] if access_log is None else ["--access-log", access_log]
+    return [
+        binary, "--port", address, "--region", REGION, "--health", _HEALTH, "--quiet", *logged, "posix", data_dir,
+    ]  # fmt: skip
 
 
 def root_keys(access: S3Access) -> dict[str, str]:

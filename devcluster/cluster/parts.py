@@ -88,6 +88,7 @@ def ensure_s3(layout: Layout, binary: Path) -> S3Access:
     s3.check_folder(data)
     if not process(layout, "s3").running:
         ports.check_free(access.port, access.host, "the S3 server")
-    ensure_process(layout, "s3", s3.command_line(binary, data, access), s3.root_keys(access))
+    command = s3.command_line(binary, data, access, layout.logs / "s3-access.log")
+    ensure_process(layout, "s3", command, s3.root_keys(access))
     access.await_health(process(layout, "s3"))
     return access
