@@ -131,13 +131,18 @@ class Record:
             f"says seq {record.seq}": record.seq != seq,
             f"kind {record.kind!r} is unknown": record.kind not in ("fence", "commit"),
             "has negative numbers": min(record.attempt, record.step, record.world_size) < 0,
+            # By the number of shards first: a world size that lies must not decide how much is allocated.
             "shards do not match its world size": record.kind == "commit"
-            and sorted(s.rank for s in record.shards) != list(range(record.world_size)),
+            and (
+                len(record.shards) != record.world_size
+                or sorted(s.rank for s in record.shards) != list(range(record.world_size))
+            ),
             "names a key outside its step": any(
                 not SAFE_KEY.fullmatch(s.key)
-                or not s.key.startswith(step_prefix(record.step, record.attempt))
+                or s.key != shard_key(record.step, record.attempt, s.rank, record.world_size)
                 for s in record.shards
             ),
+            "has shards of negative size": any(min(s.size, s.part_size) < 0 for s in record.shards),
         }
         for problem, found in problems.items():
             if found:

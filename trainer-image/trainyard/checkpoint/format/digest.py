@@ -61,10 +61,11 @@ class Descriptor:
         """Raises ShardInvalid for what cannot be, or is not the descriptor of the shard `expected`."""
         try:
             found = decode(cls, data)
-            spare = len(spans(found.shard.size, max(1, found.shard.part_size)))
             if found.shard.size < 1 or found.shard.part_size != part_size(found.shard.size):
                 raise ValueError(f"size {found.shard.size} in parts of {found.shard.part_size}")
-            if len(found.parts) != spare or tree_hash(found.parts) != found.shard.sha256:
+            # Counted, not listed: a size that lies must not decide how much is allocated.
+            count = -(-found.shard.size // found.shard.part_size)
+            if len(found.parts) != count or tree_hash(found.parts) != found.shard.sha256:
                 raise ValueError("its parts do not add up to its checksum")
         except ValueError as error:
             raise ShardInvalid(f"descriptor of {expected.key if expected else 'a shard'}: {error}") from error
