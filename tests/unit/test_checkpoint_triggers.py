@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 from collections.abc import Callable
 from typing import Any
@@ -162,7 +163,7 @@ def test_a_save_that_was_left_out_is_not_asked_for_at_each_step() -> None:
     pair = Pair(every_n_seconds=80)
     asked = [s for s in range(1, 200) if pair.step(s)]  # nobody ever saves
     assert asked[0] >= 80
-    gaps = [b - a for a, b in zip(asked, asked[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(asked)]
     assert gaps
     assert min(gaps) >= 80 / 8
     pair.saved(0.1)
@@ -180,7 +181,7 @@ def test_auto_saves_early_to_measure_and_then_as_measured(caplog: pytest.LogCapt
                 pair.saved(0.5, commit=4.0)
     assert steps[0] <= 10 + 2
     # sqrt(2 * 0.5 s * 6 h) = 147 s, and a little more as the run lives on
-    gaps = [b - a for a, b in zip(steps, steps[1:], strict=False)]
+    gaps = [b - a for a, b in itertools.pairwise(steps)]
     assert min(gaps) >= 146
     assert max(gaps) <= 160 + 16
     assert pair.wire.messages < 2000 / 4

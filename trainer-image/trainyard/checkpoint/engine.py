@@ -181,12 +181,14 @@ class Checkpointer:
             self.finish(step, cursor, payload, reason=reason, metrics=metrics)
             return ""
         if awaits:
-            self._await_commit()
+            self._await_commit(seconds)
         newest = self._committed_step
         stands = (
             f"the newest checkpoint is that of step {newest}" if newest >= 0 else "there is no checkpoint"
         )
-        why: str = self._peers.broadcast(f"{plan.why}; {stands}, {step - max(newest, 0)} steps are lost")
+        lost = step - max(newest, 0)
+        lost_are = "1 step is" if lost == 1 else f"{lost} steps are"
+        why: str = self._peers.broadcast(f"{plan.why}; {stands}, {lost_are} lost")
         return why
 
     def emergency(
@@ -201,8 +203,10 @@ class Checkpointer:
         end = time.monotonic() + seconds
         if uploads.busy:
             self._note(uploads.take(seconds), final=True)
-        if uploads.busy or self._committed_step == step:
-            return self._committed_step == step
+        if uploads.busy:
+            return False
+        if step in (self._committed_step, self._staged_step):  # on its way it was, and it has come through
+            return True
         try:
             self._stage(step, cursor, payload(), reason, metrics)
         except (OSError, CheckpointError) as error:
@@ -252,10 +256,10 @@ class Checkpointer:
         self._staged_step = step
         self.deadline.begun()
 
-    def _await_commit(self) -> dict[str, Any] | None:
+    def _await_commit(self, seconds: float = _FINAL_SECONDS) -> dict[str, Any] | None:
         """Collective: see the save in flight through; what rank 0 heard if it failed."""
         uploads = self._up()
-        outcome = self._note(uploads.take(_FINAL_SECONDS if uploads.busy else 0.0), final=True)
+        outcome = self._note(uploads.take(seconds if uploads.busy else 0.0), final=True)
         told: dict[str, Any] | None = None
         if outcome is not None and outcome.op == "dropped":
             told = {"reason": outcome.reason, "code": outcome.code}
