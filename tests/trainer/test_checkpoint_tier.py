@@ -16,9 +16,8 @@ from pathlib import Path
 
 import pytest
 
-from devcluster.gotools import build
-from devcluster.s3 import S3Server, command_line, root_keys
-from tests.trainer.conftest import BUCKET
+from devcluster.s3 import S3Server
+from tests.fakes.s3_proxy import S3Proxy
 from tests.trainer.forkhost import Host
 from tests.trainer.test_resume_exact import DIGITS, SMALL, wait_for_step
 from tests.trainer.tier_nodes import PART, Node, content, read, together, until
@@ -377,32 +376,12 @@ def test_a_disk_without_room_for_a_copy_is_the_copys_problem_alone(
             node.stop()
 
 
-class LoggedServer(S3Server):
-    """Writes down each request that it gets."""
-
-    @property
-    def requests(self) -> Path:
-        return self.data_dir.with_name("requests.log")
-
-    def start(self) -> None:
-        command = command_line(build.ensure("versitygw")["versitygw"], self.data_dir, self.access)
-        self.data_dir.mkdir(parents=True, exist_ok=True)
-        env = {**root_keys(self.access), "VGW_ACCESS_LOG": str(self.requests)}
-        self.process.start(command, env=env, dies_with_parent=True)
-        self.access.await_health(self.process)
-
-    def seen(self) -> list[str]:
-        """METHOD /path of all requests so far."""
-        return re.findall(r'"([A-Z]+ \S+) HTTP', self.requests.read_text())
-
-
 def test_an_in_place_restart_reads_nothing_from_the_bucket(
-    host: Host, run_env: dict[str, str], tmp_path: Path
+    host: Host, s3: S3Server, run_env: dict[str, str], tmp_path: Path
 ) -> None:
-    """Killed and started again by a real trainer: one PUT, the fence, is all that the server sees until it trains again."""
-    with LoggedServer(tmp_path / "logged" / "data") as server:
-        server.make_bucket(BUCKET)
-        env = {**run_env, "TRAINYARD_CHECKPOINT_ENDPOINT": server.endpoint, "TRAINYARD_CHECKPOINT_LOCAL": "1"}
+    """Killed and started again, a real trainer: until it trains again, the server sees the fence, and a probe."""
+    with S3Proxy(s3.access) as server:
+        env = {**run_env, "TRAINYARD_CHECKPOINT_ENDPOINT": server.url, "TRAINYARD_CHECKPOINT_LOCAL": "1"}
         node = Node(0, tmp_path / "node", env).start()
         try:
             node.worker()
@@ -413,7 +392,7 @@ def test_an_in_place_restart_reads_nothing_from_the_bucket(
             host.wait([rank])
             node.worker().flush(20)
             time.sleep(0.5)  # the deletion of what was replaced
-            before = len(server.seen())
+            before = len(server.seen)
             again = {**node.env, "TRAINYARD_ATTEMPT": "2", "TRAINYARD_CHECKPOINT_EVERY_STEPS": "1000"}
             (rank,) = host.start([DIGITS, *SMALL, "--sample-log", str(tmp_path / "b")], env=again)
             wait_for_step(tmp_path / "b" / "rank-0.jsonl", 9, rank)
@@ -422,9 +401,10 @@ def test_an_in_place_restart_reads_nothing_from_the_bucket(
             resumed = re.search(r"resumed at step (\d+)", rank.output)
             assert resumed, rank.output
             assert int(resumed[1]) >= 3
-            seen = until(lambda: server.seen()[before:])
-            assert [request.split()[0] for request in seen] == ["PUT"], seen
-            assert "/commits/" in seen[0]
+            seen = server.seen[before:]
+            assert {request.method for request in seen} == {"PUT"}, seen
+            (fence,) = [request for request in seen if "/probe/" not in request.path]
+            assert "/commits/" in fence.path
             (third,) = host.start(
                 [DIGITS, *SMALL, "--sample-log", str(tmp_path / "c")],
                 env={**node.env, "TRAINYARD_ATTEMPT": "3"},
