@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 
 from tests.builders import T0, Scene, a_pod, a_run, quiet
-from trainyard_api.protocol import Action
+from trainyard_api.protocol import Action, Checkpoint
 
 
 def test_the_first_attempt_is_persisted_before_anything_exists() -> None:
@@ -62,6 +64,23 @@ def test_mere_progress_is_written_once_an_interval() -> None:
         scene.settle()
     assert scene.writes == writes + 1
     assert (scene.status.step, scene.status.progress, scene.status.loss) == (11, "5%", 0.5)
+
+
+def test_the_status_tells_what_the_newest_checkpoint_cost() -> None:
+    scene = Scene().started().stepping(10)
+    costs = {"reason": "auto", "bytes": 12345, "upload_seconds": 1.23456, "stall_seconds": 0.0125}
+    saved = Checkpoint(step=10, seq=3, uri="s3://bucket/3", time=T0, **costs)
+    scene.hear(replace(scene.say(0).build(), checkpoint=saved)).wait(20)
+    scene.settle()
+    known = scene.status.checkpoint
+    assert known is not None and (known.step, known.seq, known.reason, known.bytes) == (10, 3, "auto", 12345)
+    assert (known.upload_seconds, known.stall_seconds) == (1.235, 0.013)
+    odd = replace(saved, seq=4, reason="x\n" * 100, bytes=-1, upload_seconds=float("nan"), stall_seconds=-2.0)
+    scene.hear(replace(scene.say(1).build(), checkpoint=odd)).wait(20)
+    scene.settle()
+    known = scene.status.checkpoint
+    assert known is not None and (known.seq, known.bytes, known.upload_seconds) == (4, 0, None)
+    assert known.stall_seconds is None and len(known.reason) <= 64 and "\n" not in known.reason
 
 
 def test_complete_is_terminal_and_the_agents_exit() -> None:
