@@ -72,10 +72,6 @@ class LocalStore:
             temporary.replace(self._root / key)
             _sync((self._root / key).parent)
 
-    def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """As `put_parts`. Goes away with its last caller."""
-        self.put_parts(key, path, _CHUNK)
-
     def put_parts(self, key: str, path: Path, part: int) -> list[str]:
         # A copy, no link: the staged file is written over by a later save.
         with path.open("rb") as source, self._errors(key), self._temporary(key) as temporary:

@@ -110,11 +110,6 @@ class S3Store:
         with self._request(key):
             self._put(key, memoryview(data), digest(data))
 
-    def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """As `put_parts`, for a file of one part whose SHA-256 was computed before. Goes away with its last caller."""
-        with path.open("rb") as file, mapped(file, 0, path.stat().st_size) as view, self._request(key):
-            self._put(key, view, sha256)
-
     def put_parts(self, key: str, path: Path, part: int) -> list[str]:
         with path.open("rb") as file:
             pieces = spans(os.fstat(file.fileno()).st_size, part)

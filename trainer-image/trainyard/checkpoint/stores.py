@@ -72,10 +72,6 @@ class Store(Protocol):
         """Appears whole or not at all; replaces what was there."""
         ...
 
-    def put_file(self, key: str, path: Path, sha256: str) -> None:
-        """Like put, for a file whose content has the hexadecimal `sha256`."""
-        ...
-
     def put_parts(self, key: str, path: Path, part: int) -> list[str]:
         """Like put, for a file, in parts of `part` bytes: SHA-256 of each (lower-case hex), which the server has checked.
 

@@ -11,9 +11,10 @@ import os
 import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, TypeAlias
+from typing import IO, Any, TypeAlias
 from urllib.parse import urlsplit
 
+from trainyard.checkpoint.format.digest import part_size
 from trainyard.checkpoint.retry import with_retries
 from trainyard.errors import MisconfigurationException
 from trainyard.trainer.ckpt_errors import CheckpointFileDamaged, CheckpointFileNotFound, UnsafeCheckpoint
@@ -29,9 +30,6 @@ from trainyard.trainer.ckpt_places import (
     sync_folder,
     temporary_file,
 )
-
-if TYPE_CHECKING:
-    pass
 
 MapLocation: TypeAlias = "Any"
 """What torch.load takes: a device, its name, a dict of them, a function, or None."""
@@ -49,8 +47,9 @@ def write(
     if is_s3(place):
         store, key = open_s3(str(place), storage_options)
         with temporary_file() as path:
-            sha256 = _save(checkpoint, path)
-            with_retries(lambda: store.put_file(key, path, sha256), seconds=PATIENCE_SECONDS)
+            _save(checkpoint, path)
+            part = part_size(path.stat().st_size)
+            with_retries(lambda: store.put_parts(key, path, part), seconds=PATIENCE_SECONDS)
         return
     if storage_options:
         raise MisconfigurationException(f"storage_options: {place} is a local path, which takes none")
@@ -105,8 +104,12 @@ def exists(place: Place) -> bool:
 
 
 def modified(place: Place) -> float:
-    """Unix seconds; 0 for an object in a bucket, whose listing here has no times."""
-    return 0.0 if is_s3(place) else local_path(place).stat().st_mtime
+    """Unix seconds, of a bucket by its clock; 0 for an object that is not there. Raises CheckpointError, OSError."""
+    if not is_s3(place):
+        return local_path(place).stat().st_mtime
+    store, key = open_s3(str(place), None)
+    listed = with_retries(lambda: store.listing(key), seconds=PATIENCE_SECONDS)
+    return next((entry.modified for entry in listed if entry.key == key), 0.0)
 
 
 def remove(place: Place) -> None:
@@ -121,23 +124,19 @@ def remove(place: Place) -> None:
 # ---- torch
 
 
-def _save(checkpoint: Mapping[str, Any], path: Path) -> str:
-    """Hexadecimal SHA-256 of what was written, which is on the disk when this returns."""
+def _save(checkpoint: Mapping[str, Any], path: Path) -> None:
+    """What was written is on the disk when this returns."""
     import torch
 
-    from trainyard.checkpoint.staging import HashingFile
-
     with path.open("wb") as file:
-        hashing = HashingFile(file)
         try:
-            torch.save(dict(checkpoint), hashing)  # type: ignore[arg-type]
+            torch.save(dict(checkpoint), file)
         except RuntimeError as error:
             # The zip writer, when its file fails, says that its position is unexpected.
             cause = error.__context__
             raise cause if isinstance(cause, OSError) else error from None
         file.flush()
         os.fsync(file.fileno())
-    return hashing.sha256.hexdigest()
 
 
 def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool) -> dict[str, Any]:
