@@ -62,7 +62,8 @@ async def training(stage: Stage, spec: dict[str, Any] = DELETE) -> list[Agent]:
     """A run whose two pods are up. Its agents are silent."""
     agents = await stage.gang(RUN, checkpoint=spec)
     if spec.get("deletionPolicy") == "Delete":
-        assert stage.cluster.run(RUN)["metadata"]["finalizers"] == [FINALIZER]
+        meta = stage.cluster.run(RUN)["metadata"]
+        assert meta["finalizers"] == [FINALIZER] and meta["generation"] == 1, "the spec is its author's"
     return agents
 
 
