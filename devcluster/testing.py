@@ -13,7 +13,7 @@ from devcluster.progress import say
 CHECKOUT = Path(__file__).resolve().parent.parent
 LEVELS = ("unit", "control_plane", "trainer", "devcluster", "cluster")
 """In order of cost: a cheap failure is seen first."""
-ENVIRONMENTS = ("peers", "deepspeed", "xla")
+ENVIRONMENTS = ("peers", "savers", "deepspeed", "xla")
 """Of the trainer level: Lightning and Accelerate, DeepSpeed, PyTorch/XLA."""
 
 

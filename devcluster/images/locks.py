@@ -86,6 +86,11 @@ LOCKS: dict[str, Lock] = {
         lambda project: _group(project, "peers"),
         agrees_with="dev",
     ),
+    "savers": Lock(
+        "what ./dev bench checkpoint measures, ours and others, in one environment",
+        lambda project: _group(project, "savers"),
+        agrees_with="torch",
+    ),
     "torchserve": Lock(
         "the server that the TorchServe example is tested with (devcluster/venvs.py)",
         lambda project: _group(project, "torchserve"),
