@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import json
-import random
+import os
+import tempfile
 import threading
+import time
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
 
 from trainyard.checkpoint.commitlog import CommitLog
+from trainyard.checkpoint.config import KeepBest
 from trainyard.checkpoint.errors import StoreConfigError, StoreUnavailable
 from trainyard.checkpoint.retry import with_retries
 from trainyard.checkpoint.store_local import LocalStore
@@ -18,8 +24,11 @@ from trainyard_api.checkpoints import (
     Fenced,
     Record,
     Shard,
+    commit_key,
     commits_newest_first,
     descriptor_key,
+    order,
+    prunable,
     shard_key,
     step_prefix,
 )
@@ -187,32 +196,247 @@ def test_pruning_keeps_the_newest_and_what_an_attempt_may_be_loading(store: Loca
         log.prune(keep=2, attempt=1)
 
 
-def test_whatever_happens_two_commits_stay_loadable(store: LocalStore) -> None:
-    """Random saves, prunes, restarts: every commit that is listed has its data, and two are left or all there were."""
-    dice = random.Random(5)
-    attempt, step, made = 1, 0, 0
+def test_the_best_are_kept_and_of_equals_the_newest() -> None:
+    def logged(step: int, **metrics: float) -> Record:
+        return replace(commit(step), seq=step, metrics=metrics)
+
+    records = [
+        logged(1, loss=0.1),
+        logged(2),
+        logged(3, loss=0.3),
+        logged(4, loss=0.1),
+        logged(5, loss=0.9),
+        logged(6),
+    ]
+    gone = {r.step for r in prunable(records, keep=2, keep_best=("loss", "min", 1))}
+    assert gone == {1, 2, 3}
+    assert {r.step for r in prunable(records, keep=2, keep_best=("loss", "min", 2))} == {2, 3}
+    assert {r.step for r in prunable(records, keep=2, keep_best=("loss", "max", 2))} == {1, 2, 4}
+    assert {r.step for r in prunable(records, keep=2, keep_best=("never", "max", 2))} == {1, 2, 3, 4}
+    assert {r.step for r in prunable(records, keep=2)} == {1, 2, 3, 4}
+    assert {r.step for r in prunable(records, keep=1)} == {1, 2, 3, 4}, "two at least"
+
+
+def test_fences_below_all_commits_go_and_the_newest_stays(store: LocalStore) -> None:
+    log = CommitLog(store, "run-1")
+    for attempt in (1, 2, 3):
+        log.append(fence(attempt))
+    for step in (10, 20):
+        log.append(commit(step, attempt=3))
+    log.append(fence(4, parent=5))
+    log.append(commit(30, attempt=4))
+    log.prune(keep=2, attempt=4)
+    assert [(r.kind, r.attempt) for r in CommitLog(store, "run-1").refresh()] == [
+        ("commit", 3), ("fence", 4), ("commit", 4),
+    ]  # fmt: skip
+    empty = CommitLog(LocalStore(store.uri, "other"), "run-1")
+    for attempt in (1, 2, 3):
+        empty.append(fence(attempt))
+    assert empty.prune(keep=2, attempt=3) == []
+
+
+def test_a_number_that_was_pruned_does_not_let_an_old_attempt_commit(store: LocalStore) -> None:
+    old, new = CommitLog(store, "run-1"), CommitLog(store, "run-1")
+    old.append(fence(1))
+    old.refresh()
+    new.append(fence(2))  # the number that the old one will take for free
+    for step in (10, 20, 30):
+        new.append(commit(step, attempt=2))
+    new.append(fence(3, parent=5))
+    new.append(commit(40, attempt=3))
+    new.prune(keep=2, attempt=3)
+    assert store.list("commits/") == [f"commits/0000000{n}.json" for n in (5, 6, 7)]
+    with pytest.raises(Fenced, match="attempt 3 has begun"):
+        old.try_append(commit(11))
+    assert commits_newest_first(CommitLog(store, "run-1").refresh())[0].step == 40
+    new.prune(keep=2, attempt=3)
+    assert [r.step for r in commits_newest_first(CommitLog(store, "run-1").refresh())] == [40, 30]
+
+
+def test_the_data_of_a_record_that_cannot_be_read_are_no_orphans(store: LocalStore) -> None:
     log = CommitLog(store, "run-1")
     log.append(fence(1))
-    for _ in range(150):
-        action = dice.choice(["save", "save", "lose", "prune", "restart"])
-        if action == "save":
-            step += dice.randint(1, 5)
-            log.append(with_data(store, commit(step, attempt)))
-            made += 1
-        elif action == "lose":
-            with_data(store, commit(step + 1, attempt))
-        elif action == "prune":
-            log.prune(keep=dice.choice([2, 3]), attempt=attempt)
+    for step in (10, 20, 30):
+        log.append(with_data(store, commit(step)))
+    log.append(fence(2, parent=4))
+    for step in (40, 50):
+        log.append(with_data(store, commit(step, attempt=2)))
+    store.put("commits/00000003.json", b"{")  # step 20
+    log = CommitLog(store, "run-1")
+    log.prune(keep=4, attempt=2)
+    assert store.get(shard_key(20, 1, 0, 1)) == b"x"
+    for step in (60, 70):
+        log.append(with_data(store, commit(step, attempt=2)))
+    log.prune(keep=2, attempt=2)
+    assert not log.unreadable, "below all that is kept it is of no use"
+    assert {key.split("/")[1] for key in store.list("data/")} == {f"step-{s:012d}" for s in (30, 60, 70)}
+
+
+def test_unfinished_uploads_of_saves_that_are_over_are_freed_and_no_others(
+    store: LocalStore, tmp_path: Path
+) -> None:
+    log = CommitLog(store, "run-1")
+    log.append(fence(1))
+    log.append(with_data(store, commit(10)))
+    log.append(fence(2, parent=2))
+    for step in (20, 30, 40):
+        log.append(with_data(store, commit(step, attempt=2)))
+    names = [
+        step_prefix(10, 1) + ".a.tmp", step_prefix(99, 1) + ".b.tmp", step_prefix(25, 2) + ".c.tmp",
+        step_prefix(40, 2) + ".d.tmp",
+    ]  # fmt: skip
+    alive = [step_prefix(35, 2) + ".e.tmp", step_prefix(50, 2) + ".f.tmp", step_prefix(5, 3) + ".g.tmp"]
+    old = step_prefix(51, 2) + ".h.tmp"
+    for name in [*names, *alive, old]:
+        store.put(name, b"part")
+    (tmp_path / "run-1" / old).touch()
+    long_ago = time.time() - 25 * 3600
+    os.utime(tmp_path / "run-1" / old, (long_ago, long_ago))
+    gone = log.prune(keep=3, attempt=2)
+    assert set(names) | {old} <= set(gone)
+    assert {found.key for found in store.leftovers()} == set(alive)
+
+
+def test_known_records_are_believed_only_by_the_attempt_that_follows(store: LocalStore) -> None:
+    first = CommitLog(store, "run-1")
+    first.append(fence(1))
+    made = first.append(commit(10))
+    known = first.records
+
+    class Counting(LocalStore):
+        lists = 0
+
+        def list(self, prefix: str) -> list[str]:
+            self.lists += 1
+            return super().list(prefix)
+
+    counting = Counting(store.uri.removesuffix("/run-1"), "run-1")
+    assert CommitLog(counting, "run-1", known).try_append(fence(2, parent=made.seq)) is not None
+    assert counting.lists == 0
+    assert CommitLog(counting, "run-1", known).try_append(fence(3, parent=made.seq)) is None
+    assert counting.lists == 1
+
+
+# ---- whatever happens
+
+
+class Lives(RuleBasedStateMachine):
+    """Random saves, deaths, damage, prunes and restarts, also at the same time, on a real directory.
+
+    Two commits that can be loaded are kept, or all there were; nothing that a commit names is ever deleted; a save that is
+    under way is let alone; the newest commit never is of an older attempt than the newest acknowledged one.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.folder = tempfile.TemporaryDirectory(prefix="trainyard-lives-")
+        self.store = LocalStore(Path(self.folder.name).as_uri(), "run-1")
+        self.attempt = 0
+        self.step = 0
+        self.logs: dict[int, CommitLog] = {}
+        """By attempt: processes that live, zombies too."""
+        self.committed: list[Record] = []
+        self.damaged: set[str] = set()
+        self.under_way: dict[int, Record] = {}
+        """By attempt: data are there, the record is not."""
+        self.restart(0)
+
+    @rule(back=st.integers(0, 2))
+    def restart(self, back: int) -> None:
+        """A new attempt, from one of the newest commits: those before it may be damaged."""
+        log = CommitLog(self.store, "run-1")
+        commits = commits_newest_first(log.refresh())
+        self.attempt += 1
+        start = commits[min(back, len(commits) - 1)] if commits else None
+        self.step = start.step if start else 0
+        assert log.try_append(fence(self.attempt, start.seq if start else 0)) is not None
+        self.logs[self.attempt] = log
+
+    @rule()
+    def resume_together(self) -> None:
+        """Two attempts begin at once: both have read the log before either writes its fence."""
+        logs = [CommitLog(self.store, "run-1") for _ in range(2)]
+        commits = [commits_newest_first(log.refresh()) for log in logs]
+        older, newer = self.attempt + 1, self.attempt + 2
+        parent = commits[0][0] if commits[0] else None
+        number = parent.seq if parent else 0
+        assert logs[1].try_append(fence(newer, number)) is not None
+        assert logs[0].try_append(fence(older, number)) is None
+        with pytest.raises(Fenced):
+            logs[0].append(fence(older, number))
+        self.attempt, self.step = newer, parent.step if parent else 0
+        self.logs[newer] = logs[1]
+
+    @rule(data=st.data(), forward=st.integers(1, 5))
+    def stage(self, data: st.DataObject, forward: int) -> None:
+        """A save begins; what its attempt had under way is given up, as by a death."""
+        attempt = data.draw(st.sampled_from(sorted(self.logs)))
+        if attempt == self.attempt:
+            self.step += forward
+            self.under_way[attempt] = with_data(self.store, commit(self.step, attempt))
         else:
-            attempt += 1
-            log = CommitLog(store, "run-1")
-            known = commits_newest_first(log.refresh())
-            parent = known[dice.randrange(min(2, len(known)))] if known else None
-            step = parent.step if parent else 0
-            log.append(fence(attempt, parent.seq if parent else 0))
-        commits = commits_newest_first(CommitLog(store, "run-1").refresh())
-        assert len(commits) >= min(2, made)
-        assert all(store.get(s.key) for r in commits for s in r.shards)
+            self.under_way[attempt] = with_data(self.store, commit(1000 + forward, attempt))
+
+    @rule(data=st.data())
+    def finish(self, data: st.DataObject) -> None:
+        if not self.under_way:
+            return
+        attempt = data.draw(st.sampled_from(sorted(self.under_way)))
+        record = self.under_way.pop(attempt)
+        if attempt == self.attempt:
+            self.committed.append(self.logs[attempt].append(record))
+        else:
+            with pytest.raises(Fenced):
+                self.logs[attempt].append(record)
+
+    @rule(data=st.data(), keep=st.integers(1, 4), best=st.booleans())
+    def prune(self, data: st.DataObject, keep: int, best: bool) -> None:
+        attempt = data.draw(st.sampled_from(sorted(self.logs)))
+        keep_best = KeepBest(metric="loss", mode="min", count=2) if best else None
+        if attempt == self.attempt:
+            self.logs[attempt].prune(keep=keep, attempt=attempt, keep_best=keep_best)
+        else:
+            with pytest.raises(Fenced):
+                self.logs[attempt].prune(keep=keep, attempt=attempt, keep_best=keep_best)
+
+    @rule(data=st.data())
+    def corrupt(self, data: st.DataObject) -> None:
+        """A record becomes unreadable. Not the last two: then there is nothing to promise."""
+        keys = [k for k in self.store.list("commits/") if k not in self.damaged]
+        newest = {commit_key(r.seq) for r in self.committed[-2:]}
+        fences = {commit_key(r.seq) for r in CommitLog(self.store, "run-1").refresh() if r.kind == "fence"}
+        keys = [k for k in keys if k not in newest | fences]
+        if keys:
+            key = data.draw(st.sampled_from(keys))
+            self.store.put(key, b"{")
+            self.damaged.add(key)
+
+    @invariant()
+    def holds(self) -> None:
+        records = CommitLog(self.store, "run-1").refresh()
+        commits = commits_newest_first(records)
+        assert len(commits) >= min(2, len(self.committed))
+        assert [order(r) for r in commits[:2]] == [order(r) for r in reversed(self.committed[-2:])]
+        for record in commits:
+            for shard in record.shards:
+                assert self.store.get(shard.key) == b"x"
+                self.store.get(descriptor_key(record.step, record.attempt, 0, 1))
+        fences = [r for r in records if r.kind == "fence"]
+        newest = max(fences, key=order)
+        assert newest.attempt == self.attempt
+        seqs = {r.seq for r in commits} | {int(key[8:16]) for key in self.damaged}
+        assert newest.parent in seqs | {0}, "what an attempt began from is kept while it is the newest"
+        if self.attempt in self.under_way:
+            assert self.store.get(self.under_way[self.attempt].shards[0].key) == b"x"
+
+    def teardown(self) -> None:
+        self.folder.cleanup()
+
+
+TestWhateverHappens = Lives.TestCase
+TestWhateverHappens.settings = settings(
+    max_examples=40, stateful_step_count=30, deadline=None, suppress_health_check=[HealthCheck.too_slow]
+)
 
 
 def test_a_file_in_the_way_is_a_matter_of_configuration(tmp_path: Path) -> None:
