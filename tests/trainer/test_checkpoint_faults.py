@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -81,8 +82,8 @@ def flip(content: bytes) -> bytes:
     ("damage", "said"),
     [
         (flip, "SHA-256"),
-        (lambda c: c[:-7], "ends before"),
-        (lambda c: b"", "ends before"),
+        (lambda c: c[:-7], "ends before|bytes, not"),
+        (lambda c: b"", "ends before|bytes, not"),
         (None, "missing"),
     ],
     ids=["flipped bit", "truncated", "empty", "missing"],
@@ -103,7 +104,7 @@ def test_a_damaged_shard_falls_back_to_the_commit_before(
     loaded = resumed(config)
     assert loaded.record.step == 20
     assert key in loaded.fell_back
-    assert said in loaded.fell_back
+    assert re.search(said, loaded.fell_back)
     assert [r.levelno for r in caplog.records] == [logging.WARNING]
     assert key in caplog.text
     assert store.list("commits/")[3] == f"commits/{record.seq:08d}.json", "evidence is not deleted"
