@@ -169,11 +169,10 @@ class Scenario:
         return "\n".join(parts)
 
     def pods(self, name: str) -> dict[int, dict[str, Any]]:
-        """Live pods by node index: {"name", "uid", "node"}; terminating ones are left out."""
+        """Live pods by node index: {"name", "uid", "node"}; terminating ones are left out, and those that clean up."""
         found = {}
-        for pod in self.kubectl.json("-n", self.namespace, "pods", "-l", f"trainyard.dev/run={name}")[
-            "items"
-        ]:
+        members = f"trainyard.dev/run={name},trainyard.dev/node-index"
+        for pod in self.kubectl.json("-n", self.namespace, "pods", "-l", members)["items"]:
             meta = pod["metadata"]
             if "deletionTimestamp" in meta or pod["status"].get("phase") in ("Failed", "Succeeded"):
                 continue

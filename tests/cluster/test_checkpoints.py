@@ -13,9 +13,9 @@ from devcluster.scenario import Scenario
 from tests.cluster.bucket import AccessLog, Bucket
 from tests.cluster.runs import ARGS, at_step, complete, final_sha
 
-SLOW = [*ARGS, "--step-delay", "0.2"]
-"""Slow enough to act between two checkpoints. The last --step-delay counts."""
-ONE_SAVE = 40
+SLOW = [*ARGS, "--batch-size", "64", "--step-delay", "0.2"]
+"""Slow enough to act between two checkpoints. The last of two equal options counts."""
+ONE_SAVE = 20
 """Steps to the checkpoint that these tests resume from; the next one is as far away."""
 BOUND = 90.0
 """Seconds; no test asserts a time, this ends a wait that has no end."""
