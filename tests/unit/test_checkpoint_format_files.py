@@ -254,7 +254,7 @@ def test_a_descriptor_comes_back() -> None:
     assert Descriptor.from_json(text, found.shard) == found
     for other in ({"sha256": "0" * 64}, {"size": 5}, {"key": shard_key(2, 1, 0, 1)}, {"rank": 1}):
         with pytest.raises(ShardInvalid, match="committed"):
-            Descriptor.from_json(text, dataclasses.replace(found.shard, **other))  # type: ignore[arg-type]
+            Descriptor.from_json(text, dataclasses.replace(found.shard, **other))
 
 
 @pytest.mark.parametrize(

@@ -11,7 +11,6 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
-import hashlib
 import logging
 import os
 import shutil
@@ -22,7 +21,7 @@ import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from trainyard.checkpoint.format.shardfile import Wanted, make_header
 from trainyard.checkpoint.mapped import Identity, MappedFile, identity
@@ -45,25 +44,6 @@ class StagedFile:
     path: Path
     size: int
     """Bytes."""
-
-
-class HashingFile:
-    """A file that is only appended to, and hashed on the way. torch's zip writer needs no more than `write`."""
-
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
-        self.sha256 = hashlib.sha256()
-        self.size = 0
-
-    def write(self, data: Any) -> int:
-        self._file.write(data)
-        self.sha256.update(data)
-        length = memoryview(data).nbytes
-        self.size += length
-        return length
-
-    def flush(self) -> None:
-        self._file.flush()
 
 
 def stage(
