@@ -95,7 +95,9 @@ def test_the_last_complete_step_is_saved(
     resumed = story.attempt(moment, rank, step, world=world)
     assert f"resumed at step {step}" in resumed[0].output
     assert [end(r) for r in resumed] == unbroken[world, ""]
-    assert story.newest().step == EPOCHS * steps_of_an_epoch(world)
+    last = story.newest()
+    assert (last.step, last.reason) == (EPOCHS * steps_of_an_epoch(world), "end")
+    assert last.failures == 0, "nothing was lost"
 
 
 @pytest.mark.parametrize("world", [1, 2])

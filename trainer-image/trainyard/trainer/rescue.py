@@ -32,7 +32,11 @@ Agree = Callable[[str, float], list[str]]
 
 
 class Rescue:
-    """Of one fit with `CheckpointConfig.on_exception`."""
+    """Of one fit with `CheckpointConfig.on_exception`.
+
+    It costs each step the copies of `Moment`: 0.2 ms of one CPU core for a small module, 0.6 ms with twenty batch norms.
+    With several processes on CUDA also a wait for the device before each optimizer step.
+    """
 
     def __init__(self, trainer: Trainer) -> None:
         self._trainer = trainer

@@ -63,7 +63,7 @@ def size_of_shard(trainer: Trainer) -> int:
     """Bytes of this rank's part of weights and optimizer states, about."""
     import torch
 
-    held = list(trainer.lightning_module.parameters())
+    held: list[torch.Tensor] = list(trainer.lightning_module.parameters())
     held += [
         value
         for optimizer in trainer.optimizers
