@@ -91,9 +91,11 @@ class Metrics:
                     f"self.log({name!r}): the metric is no attribute of {type(module).__name__}, so it could be neither "
                     "moved to a device nor reset; assign it in __init__"
                 )
+        # Virtual ranks reduce all that they log; and what they have summed up may go on at another world size.
+        sync = self.where is not None or (sync and self._strategy.peers.world > 1)
         options = Options.of(
             self.hook, on_step=on_step, on_epoch=on_epoch, prog_bar=prog_bar, logger=logger, reduce=reduce,
-            sync=sync and self._strategy.peers.world > 1, enable_graph=graph, metric=path or "", group=group,
+            sync=sync, enable_graph=graph, metric=path or "", group=group,
         )  # fmt: skip
         key = f"{name}/dataloader_idx_{self.loader}" if add_index and self.loader is not None else name
         item = self.stage.add(key, self.stage.make(options, args, metric))

@@ -111,7 +111,11 @@ class Results:
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
         self.known.clear()
-        self.items = {name: Item.from_state(saved, device) for name, saved in state.items()}
+        self.items = {
+            name: Item.from_state(saved, device)
+            for name, saved in state.items()
+            if "exact" not in saved  # of a run with virtual ranks: they begin anew
+        }
 
 
 def to_floats(tensors: dict[str, torch.Tensor]) -> dict[str, float]:

@@ -115,8 +115,7 @@ class VirtualItem(Item):
         item = cls(Options(**state["options"]))
         if state["value"] is not None:
             item.value = state["value"].to(device)
-        if "exact" in state:
-            item.merge(state["exact"])
+        item.merge(state["exact"])
         return item
 
 
@@ -165,6 +164,8 @@ class VirtualResults(Results):
         self.known.clear()
         self.items = {}
         for name, saved in state.items():
+            if "exact" not in saved:  # of a run without virtual ranks: they begin anew
+                continue
             item = VirtualItem.from_state(saved, device)
             item._where = self._where
             self.items[name] = item
@@ -174,12 +175,11 @@ class VirtualResults(Results):
         self.load_state_dict(states[0], device)
         for state in states[1:]:
             for name, saved in state.items():
-                if name not in self.items:
-                    self.items[name] = self.make(Options(**saved["options"]), None, None)
-                if "exact" in saved:
-                    item = self.items[name]
-                    assert isinstance(item, VirtualItem)  # noqa: S101 - as all that `make` has made
-                    item.merge(saved["exact"])
+                if "exact" not in saved:
+                    continue
+                item = self.items.setdefault(name, self.make(Options(**saved["options"]), None, None))
+                assert isinstance(item, VirtualItem)  # noqa: S101 - as all that `make` has made
+                item.merge(saved["exact"])
 
     def _virtual_items(self) -> list[tuple[str, VirtualItem]]:
         return [(name, item) for name, item in sorted(self.items.items()) if isinstance(item, VirtualItem)]
