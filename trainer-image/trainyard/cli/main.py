@@ -25,6 +25,9 @@ VERBS: Mapping[str, Verb] = {
     "test": Verb("trainyard.cli.run", "test", "one epoch of test"),
     "predict": Verb("trainyard.cli.run", "predict", "run a model over data"),
     "export": Verb("trainyard.cli.export", "export", "write a checkpoint's model as ONNX, torch.export, ..."),
+    "checkpoints": Verb(
+        "trainyard.cli.checkpoints", "checkpoints", "list, verify, show, export, prune what a run has saved"
+    ),
 }
 
 
