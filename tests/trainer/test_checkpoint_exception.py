@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 
+import trainyard as L
 from tests.trainer.exception_run import ACCUMULATE, BATCH, EPOCHS, EVERY, SAMPLES
 from tests.trainer.forkhost import ROOT, Host, Rank
+from tests.trainer.models import Regression, loader, trainer
 from trainyard.checkpoint.commitlog import CommitLog
 from trainyard.checkpoint.config import CheckpointConfig
 from trainyard.checkpoint.stores import open_store
+from trainyard.data import once
+from trainyard.strategies.base import Strategy
 from trainyard_api.checkpoints import Record, commits_newest_first
 
 SCRIPT = str(ROOT / "tests/trainer/exception_run.py")
@@ -181,3 +187,46 @@ def test_without_what_is_kept_of_the_step_it_would_differ(
     story.attempt("training_step", 0, 8, world=1, script=str(script))
     assert story.newest().step == 8
     assert [end(r) for r in story.attempt("training_step", 0, 8, world=1)] != unbroken[1, ""]
+
+
+class Extra(Regression):
+    def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["mine"] = 1
+
+
+class Notes(L.Callback):
+    def on_save_checkpoint(self, trainer: Any, pl_module: Any, checkpoint: dict[str, Any]) -> None:
+        checkpoint["notes"] = 1
+
+
+class Scaled(torch.nn.Linear):
+    def get_extra_state(self) -> Any:
+        return {"scale": 1.0}
+
+    def set_extra_state(self, state: Any) -> None: ...
+
+
+class Stateful(Regression):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Scaled(4, 1)
+
+
+@pytest.mark.parametrize(
+    "who", ["Extra.on_save_checkpoint", "Notes.on_save_checkpoint", "Scaled", "strategy", ""]
+)
+def test_what_could_not_be_put_together_later_is_refused_by_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, who: str
+) -> None:
+    module = {"Extra.on_save_checkpoint": Extra, "Scaled": Stateful}.get(who, Regression)()
+    if who == "strategy":  # deepspeed's and XLA's, which need devices
+        monkeypatch.setattr(Strategy, "gathers_state", True)
+    config = CheckpointConfig(uri=tmp_path.as_uri(), run="r", on_exception=True)
+    made = trainer(checkpoint=config, callbacks=[Notes()] if who.startswith("Notes") else [])
+    monkeypatch.setattr(once, "_said", set())
+    with caplog.at_level("WARNING"):
+        made.fit(module, loader())
+    refused = [r.message for r in caplog.records if "nothing will be saved on an exception" in r.message]
+    assert (made.rescue is None) == bool(who)
+    assert bool(refused) == bool(who)
+    assert who in "".join(refused)
