@@ -97,6 +97,10 @@ class Host:
                 raise AssertionError(f"ranks still ran after {seconds} s\n{said}")
         return [r.code for r in ranks if r.code is not None]
 
+    def poll(self, seconds: float) -> None:
+        """Hear what has happened, waiting up to `seconds` for something to happen."""
+        self._hear(seconds)
+
     def run(
         self, argv: list[str], *, world: int = 1, env: dict[str, str] | None = None, seconds: float = 60
     ) -> list[Rank]:
