@@ -15,6 +15,7 @@ import torch
 from trainyard import determinism
 from trainyard.accelerators import make_accelerator
 from trainyard.checkpoint.config import CheckpointConfig
+from trainyard.checkpoint.engine import Checkpointer
 from trainyard.checkpoint.errors import CheckpointError, exit_code
 from trainyard.core.portable import OWN
 from trainyard.data.connect import eval_feeds, prepare_data, train_feed
@@ -43,7 +44,7 @@ from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, scalars
 from trainyard.trainer.progress import Progress, agent_client
 from trainyard.trainer.restoring import restore_module, restore_optimizers, restore_rank
-from trainyard.trainer.sharding import layout, size_of_shard
+from trainyard.trainer.sharding import expected_bytes, layout, size_of_shard
 from trainyard.trainer.states import RunningStage, TrainerFn, TrainerState, TrainerStatus
 from trainyard_api.checkpoints import Fenced
 
@@ -51,7 +52,6 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
     from trainyard.callbacks.base import Callback
-    from trainyard.checkpoint.engine import Checkpointer
     from trainyard.checkpoint.resume import Loaded, Opened
     from trainyard.core.datamodule import LightningDataModule
     from trainyard.core.module import LightningModule
@@ -369,6 +369,8 @@ class Trainer(CheckpointFiles, TrainerFacade):
         self.metrics.each_logger(lambda logger: logger.resume(self.loop_state.stepped))
         self.optimizers, self.lr_scheduler_configs = configure(module)
         self.optimizers = self.strategy.setup_optimizers(module, self.optimizers)
+        if self.checkpointer is not None:
+            self.checkpointer.prepare(expected_bytes(self))
         self.val_feeds = (
             eval_feeds(self, self._given["val"], "val") if _has_step(module, "validation_step") else []
         )
@@ -394,8 +396,6 @@ class Trainer(CheckpointFiles, TrainerFacade):
         if self._checkpoint_config is None:
             self.progress.resumed(step=0, uri="", fell_back="")
             return None
-        from trainyard.checkpoint.engine import Checkpointer
-
         versions = {"torch": str(torch.__version__), "trainyard": _version()}
         self.checkpointer = Checkpointer(self._checkpoint_config, self.strategy.peers, versions)
         opened = self.checkpointer.open()
