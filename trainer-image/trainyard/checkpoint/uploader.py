@@ -195,7 +195,8 @@ def _held(folder: Path) -> Iterator[None]:
 
 def main(argv: list[str] | None = None) -> int:
     options = _arguments(argv)
-    logging.basicConfig(level=logging.INFO, stream=sys.stderr, format="uploader: %(message)s")
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr, format="uploader: %(message)s")
+    log.setLevel(logging.INFO)
     try:
         config = CheckpointConfig.from_env(os.environ)
         if config is None:

@@ -224,9 +224,7 @@ class UploadService:
         head = replace(staged.record, shards=self._await_shards(staged, shard), world_size=staged.world)
         with self._commits_lock:
             record: Record = self._patiently(staged, lambda: self._commits.append(head))
-            known = self._commits.records
-        with contextlib.suppress(OSError):  # it only makes a restart faster
-            write_known(self._staging, self._store.uri, self._run, known)
+            self._note_log()
         return Outcome(
             op="committed", attempt=record.attempt, step=record.step, rank=staged.rank, seq=record.seq,
             uri=self._commits.uri(record.seq), time=record.time, size=sum(s.size for s in record.shards),
@@ -316,10 +314,16 @@ class UploadService:
 
         return with_retries(call, seconds=self._upload_seconds, on_retry=on_retry)
 
+    def _note_log(self) -> None:
+        """With the lock: leave the log for the next attempt on this node. It only makes its start faster."""
+        with contextlib.suppress(OSError):
+            write_known(self._staging, self._store.uri, self._run, self._commits.records)
+
     def _prune(self, staged: Staged) -> None:
         try:
             with self._commits_lock:
                 self._commits.prune(keep=self._keep, keep_best=self._keep_best, attempt=staged.attempt)
+                self._note_log()
         except (CheckpointError, Fenced) as error:
             self.warn(f"old checkpoints were not pruned, the next commit tries again: {error}")
 
