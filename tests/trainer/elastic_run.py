@@ -9,6 +9,7 @@ import hashlib
 import json
 import random
 import sys
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -49,6 +50,10 @@ class Options:
     """Dropout, random transforms, generators of all kinds."""
     plain: bool = False
     """SGD, and nothing that looks at logged values."""
+    engine: bool = False
+    """Checkpoint as the environment says, and resume by itself."""
+    delay: float = 0.0
+    """Seconds for each batch."""
     uneven: bool = False
     """Parameters that only some samples use, and one that none does."""
 
@@ -93,6 +98,7 @@ class Net(L.LightningModule):
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         x, y, ids = batch
         plan = self.trainer.batch_plan
+        time.sleep(self.options.delay)
         if not plan.padding:
             line = {"step": self.global_step, "epoch": self.current_epoch, "ids": ids.tolist()}
             self.log_file.write(json.dumps(line) + "\n")
@@ -144,7 +150,7 @@ def main(options: Options) -> None:
         accelerator="cpu", strategy=options.strategy, max_epochs=options.epochs, max_steps=options.steps,
         accumulate_grad_batches=options.accumulate, gradient_clip_val=None if options.plain else 0.5,
         limit_train_batches=options.limit, val_check_interval=options.val_interval, logger=False, callbacks=callbacks,
-        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False, num_sanity_val_steps=0,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=options.engine, num_sanity_val_steps=0,
         precision=options.precision, log_every_n_steps=2, **elastic,
     )  # fmt: skip
     model = Net(options)

@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import json
+import time
 from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from tests.trainer.elastic_story import Story
-from tests.trainer.forkhost import Host
+from tests.trainer.elastic_story import SCRIPT, Story
+from tests.trainer.forkhost import Host, Rank
 
 SCHEDULE = [(4, 3), (2, 5), (3, 9), (1, 11), (4, -1)]
 """Processes, and until which step: 97 samples are 3 steps of 36 an epoch, 4 epochs; all but one change in the middle."""
@@ -51,6 +52,37 @@ def test_any_number_of_processes_is_allowed_up_to_the_virtual_ranks(host: Host, 
     assert len({run.result["weights"] for run in runs}) == 1
     refused = Story(host, tmp_path / "6", virtual=5, epochs=1, batch_norm=False).part(6, code=1)
     assert "5 virtual ranks are too few for 6 processes; start at most 5" in refused.output
+
+
+def test_killed_and_resumed_from_the_bucket(host: Host, run_env: dict[str, str], tmp_path: Path) -> None:
+    """As a TrainingRun does it: SIGKILL at some step, and the next attempt has another number of processes."""
+    elastic = {**run_env, "TRAINYARD_DETERMINISM": "elastic", "TRAINYARD_VIRTUAL_RANKS": "12"}
+    options = {"epochs": EPOCHS, "engine": True, "folder": str(tmp_path)}
+    unbroken = Story(host, tmp_path / "unbroken", virtual=12, epochs=EPOCHS).part(1)
+    attempts = [(4, 5), (2, 8), (3, 10), (1, None)]
+    for attempt, (world, kill_at) in enumerate(attempts, 1):
+        env = {**elastic, "TRAINYARD_ATTEMPT": str(attempt)}
+        given = json.dumps({**options, "delay": 0.02 if kill_at else 0})
+        ranks = host.start([SCRIPT, given], world=world, env=env)
+        if kill_at is not None:
+            wait_for(tmp_path / "samples", kill_at, ranks[0])
+            ranks[world - 1].kill()
+        codes = host.wait(ranks, 60)
+        assert codes[-1] == (-9 if kill_at is not None else 0), ranks[-1].output[-3000:]
+        if attempt > 1:
+            assert "resumed at step" in ranks[0].output
+    (line,) = [x for x in ranks[0].output.splitlines() if x.startswith("RESULT ")]
+    result = json.loads(line.removeprefix("RESULT "))
+    for key in ("weights", "optimizer", "values", "step", "epoch", "total"):
+        assert result[key] == unbroken.result[key], key
+
+
+def wait_for(samples: Path, step: int, rank: Rank) -> None:
+    end = time.monotonic() + 60
+    while not (samples.exists() and f'{{"step": {step}, ' in samples.read_text()):
+        assert time.monotonic() < end, f"step {step} was not reached\n{rank.output[-2000:]}"
+        assert rank.code is None, rank.output[-2000:]
+        time.sleep(0.01)
 
 
 def test_without_it_the_bits_differ(host: Host, tmp_path: Path) -> None:
