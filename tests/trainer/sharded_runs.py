@@ -34,12 +34,15 @@ class Net(L.LightningModule):
         self.tied = nn.Linear(7, 7, bias=False)
         self.tied.weight = self.head.weight
         self.scale = nn.Parameter(torch.ones(7))
+        self.norm = nn.BatchNorm1d(7, affine=False)
         self.register_buffer("steps", torch.zeros((), dtype=torch.int64))
 
     def training_step(self, batch: Any, batch_idx: int) -> torch.Tensor:
         inputs, targets = batch
         self.steps += 1
-        out = self.tied(self.head(self.body(self.first(inputs)))) * self.scale
+        hidden = self.body(self.first(inputs))
+        self.norm(hidden.detach())  # only its statistics: of this rank's batches
+        out = self.tied(self.head(hidden)) * self.scale
         loss = nn.functional.mse_loss(out.mean(1, keepdim=True), targets)
         self.log("loss", loss)
         return loss
@@ -65,6 +68,8 @@ class Whole(L.Callback):
 
     def __init__(self, gathered: list[int]) -> None:
         self.found: dict[str, torch.Tensor] = {}
+        self.buffers: dict[str, torch.Tensor] = {}
+        """This rank's."""
         self.gathered = gathered
         self.before = -1
         """Tensors that were gathered until then: for all the saves."""
@@ -72,6 +77,7 @@ class Whole(L.Callback):
     def on_train_end(self, trainer: Any, pl_module: Any) -> None:
         self.before = len(self.gathered)
         state = trainer.strategy.model_state(pl_module)
+        self.buffers = {n: b.detach().clone() for n, b in pl_module.named_buffers()}
         self.found = {name: value.detach().clone() for name, value in state.items()}
 
 
@@ -93,7 +99,12 @@ def main(folder: str, uri: str, name: str, steps: str) -> None:
         checkpoint=L.CheckpointConfig(uri=uri, run="run-1", every_n_steps=2) if uri else None,
     )  # fmt: skip
     trainer.fit(Net(), DataLoader(numbers(60), GLOBAL_BATCH // world, shuffle=True))
-    found = {"weights": end.found, "step": trainer.global_step, "gathered": end.before}
+    found = {
+        "weights": end.found,
+        "buffers": end.buffers,
+        "step": trainer.global_step,
+        "gathered": end.before,
+    }
     torch.save(found, Path(folder) / os.environ.get("RANK", "0"))
 
 

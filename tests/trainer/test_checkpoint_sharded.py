@@ -67,9 +67,25 @@ def test_any_layout_goes_on_as_any_other(
     assert [rank["step"] for rank in found] == [12] * after[1]
     assert found[0]["weights"].keys() == unbroken.keys()
     for name, value in unbroken.items():
-        if name != "steps":  # of rank 0's batches: one a step at any number of ranks
+        if "norm.running" not in name and name != "steps":  # of rank 0's batches
             torch.testing.assert_close(found[0]["weights"][name], value, atol=2e-6, rtol=0)
     assert int(found[0]["weights"]["steps"]) == int(unbroken["steps"]) == 12
+
+
+@pytest.mark.parametrize("strategy", ["fsdp", "ddp"])
+def test_each_rank_goes_on_with_buffers_of_its_own(
+    host: Host, tmp_path: Path, saved: Any, strategy: str
+) -> None:
+    """Statistics of batches that only this rank has seen; an unbroken run has them, and validates with them."""
+    copy_tree(saved(strategy, 2) / "ck", tmp_path / "ck")
+    found = run(host, tmp_path / "after", (tmp_path / "ck").as_uri(), strategy, 12, 2)
+    whole = run(host, tmp_path / "unbroken", "", strategy, 12, 2)
+    for ours, theirs in zip(found, whole, strict=True):
+        assert ours["buffers"].keys() == theirs["buffers"].keys()
+        for name, value in theirs["buffers"].items():
+            assert torch.equal(ours["buffers"][name], value), name
+    name = "norm.running_mean"
+    assert not torch.equal(found[0]["buffers"][name], found[1]["buffers"][name])
 
 
 @pytest.mark.parametrize(("strategy", "world"), [("fsdp", 3), ("ddp", 3), ("hybrid", 4)])

@@ -217,9 +217,8 @@ class Checkpointer:
 
     def close(self, *, failed: bool) -> None:
         """Not collective. After a failure, what is staged is still committed if that takes no more than seconds."""
-        if self._uploads is not None:
-            self._uploads.close()
-        self._staging.close()
+        if self._uploads is None or not self._uploads.close():
+            self._staging.close()
 
     # ---- in between
 

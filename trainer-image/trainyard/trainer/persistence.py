@@ -95,6 +95,7 @@ def kept_by_rank(trainer: Trainer) -> dict[str, Any]:
         "data": trainer.train_feed.state() if fits else {},
         "val_data": [feed.state() for feed in trainer.val_feeds] if fits else [],
         "sums": metrics.state_dict(trainer.lightning_module),
+        "buffers": trainer.own_buffers.state() if fits and trainer.own_buffers is not None else {},
         "last": {
             "callback": metrics.callback_metrics(),
             **{name: dict(getattr(metrics, name)) for name in LAST_LOGGED},

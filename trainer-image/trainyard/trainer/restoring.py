@@ -93,6 +93,8 @@ def restore_rank(trainer: Trainer, loaded: Loaded | Source) -> None:
     if state.mid_epoch:
         trainer.metrics.load_state_dict(trainer.lightning_module, own["sums"])
     _restore_data(trainer, own)
+    if trainer.own_buffers is not None:
+        trainer.own_buffers.load_state(own.get("buffers", {}))
     set_rng_state(own["rng"])
 
 

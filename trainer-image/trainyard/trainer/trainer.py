@@ -39,6 +39,7 @@ from trainyard.reproducibility import global_seed
 from trainyard.strategies import equip, launchers, make_strategy
 from trainyard.trainer import arguments, defaults
 from trainyard.trainer.announce import announce
+from trainyard.trainer.buffers import OwnBuffers
 from trainyard.trainer.ckpt_access import CheckpointFiles
 from trainyard.trainer.facade import TrainerFacade
 from trainyard.trainer.persistence import payload, scalars
@@ -174,6 +175,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         """`data.sampler.Batch` of the batch that is trained on now."""
         self.is_last_batch = False
         self.fit_loop: FitLoop | None = None
+        self.own_buffers: OwnBuffers | None = None
         self.rescue: Rescue | None = None
         """Of a fit that is to save when something raises."""
         self.predict_loop: PredictionLoop | None = None
@@ -366,6 +368,7 @@ class Trainer(CheckpointFiles, TrainerFacade):
         loaded = self._load(resumed) if resumed else source
         if loaded is not None:
             restore_module(self, loaded)
+        self.own_buffers = OwnBuffers(module, self.global_rank)
         self.metrics.each_logger(lambda logger: logger.resume(self.loop_state.stepped))
         self.optimizers, self.lr_scheduler_configs = configure(module)
         self.optimizers = self.strategy.setup_optimizers(module, self.optimizers)
