@@ -266,6 +266,11 @@ class LightningModule(
         from trainyard.data.batches import apply_to_tensors
 
         strategy = self.trainer.strategy
+        if strategy.virtual_ranks and self.trainer.metrics.hook == "training_step":
+            raise MisconfigurationException(
+                "self.all_gather in training_step: with deterministic='elastic' a step must not depend on the number of "
+                "processes; compute from the batch alone"
+            )
 
         def gather(tensor: torch.Tensor) -> torch.Tensor:
             return strategy.all_gather(tensor.to(strategy.device), group, sync_grads)
