@@ -121,8 +121,9 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("bench", bench, "Measure; writes tests/bench/results/.")
     p.add_argument(
         "what",
-        choices=["recovery", "trainer"],
-        help="recovery: seconds after kills; trainer: the library's overhead",
+        choices=["recovery", "trainer", "elastic"],
+        help="recovery: seconds after kills; trainer: the library's overhead; "
+        "elastic: what the same bits at any number of processes cost",
     )
     p.add_argument("--trials", type=int, default=20, help="kills of each kind, or rounds (default: 20)")
     p.add_argument("--out", type=Path, default=CHECKOUT / "tests" / "bench" / "results")
