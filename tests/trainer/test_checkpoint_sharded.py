@@ -101,9 +101,8 @@ def test_each_rank_writes_its_part_and_nothing_twice(saved: Any, strategy: str, 
         written.append(sum(e.box.numel for e in header.entries.values() if e.name.startswith("checkpoint.")))
         for entry in header.entries.values():
             pieces[entry.name] = pieces.get(entry.name, 0) + entry.box.numel
-    model = {name: value for name, value in state.main["state_dict"].items()}
     tied = {"tied.weight"}
-    for name, value in model.items():
+    for name, value in state.main["state_dict"].items():
         if name not in tied:
             assert pieces[f"checkpoint.state_dict.{name}"] == value.numel(), name
     assert "checkpoint.state_dict.tied.weight" not in pieces

@@ -92,7 +92,7 @@ def test_messages_survive_the_wire() -> None:
         world_size=2,
         cursor=Cursor(epoch=1, samples=7, seed=3),
     )
-    staged = Staged(attempt=2, step=9, rank=0, world=2, path="/s/x.pt", size=3, sha256="ab", record=head)
+    staged = Staged(attempt=2, step=9, rank=0, world=2, path="/s/x.safetensors", size=3, record=head)
     assert Staged.from_message(from_line(staged.line())) == staged
     outcome = Outcome(
         op="committed", attempt=2, step=9, seq=17, uri="s3://b/r/commits/00000017.json", time=2.0

@@ -105,7 +105,7 @@ class Checkpointer:
         if loaded is not None:
             self._parent, step = loaded.record.seq, loaded.record.step
             self._committed_step = step
-        resumption.tier.announce()
+        resumption.tier.announce(resumption.log_now)
         self.triggers.resumed(step, resumption.log_records)
 
     def prepare(self, size: int) -> None:

@@ -81,11 +81,17 @@ class Resumption:
         self._passed_over: list[str] = []
         self._records: list[Record] = []
         """Candidates that are left."""
+        self._uris: dict[str, str] = {}
         self._required = ""
         self._reader: CheckpointReader | None = None
         self.attempt = 0
         self.log_records: list[Record] = []
         """Rank 0: the whole log as it was found."""
+
+    @property
+    def log_now(self) -> list[Record]:
+        """Rank 0: the log with the fence of this attempt."""
+        return [] if self._commits is None else self._commits.records
 
     def open(self) -> Opened | None:
         """None: the attempt begins from the beginning; its fence is written."""
@@ -135,6 +141,7 @@ class Resumption:
             self._records = [
                 Record.from_json(r, run=self._config.run_id, seq=r["seq"]) for r in proposal["records"]
             ]
+            self._uris = proposal["uris"]
             self._passed_over = list(proposal["unreadable"])
             self._required = str(proposal["required"])
             main = self._read_tree() if self._records else None
@@ -214,6 +221,7 @@ class Resumption:
         return {
             "attempt": attempt,
             "records": [r.to_json() for r in found.records],
+            "uris": {str(r.seq): commits.uri(r.seq) for r in found.records},
             "unreadable": [] if self._config.resume == "never" and not found.records else unreadable,
             "required": found.why if found.required else "",
         }
@@ -264,7 +272,7 @@ class Resumption:
         return None
 
     def _uri(self, record: Record) -> str:
-        return f"{self._store.uri}/{commit_key(record.seq)}"
+        return self._uris[str(record.seq)]
 
 
 def newest(store: Store, run: str, seq: int | None = None) -> tuple[Record, State, list[str]]:
