@@ -33,6 +33,10 @@ SAFE_KEY = re.compile(r"data/step-\d{12}/a\d{6}/shard-\d{5}-of-\d{5}\.safetensor
 """What a manifest may name. Anything else (.., absolute, other run) makes the manifest invalid."""
 RECORD_KEY = re.compile(r"commits/(\d{8})(?:\.(\d{6,})-([0-9a-f]{16}))?\.json")
 """Groups: seq; attempt and nonce, if the server has no conditional writes."""
+MOST_SHARD = 5 << 40
+"""Bytes. What claims to be larger would decide how much a reader allocates."""
+MOST_PART = 1 << 30
+"""Bytes: the parts of the largest shard."""
 SAVE_PREFIX = re.compile(r"data/step-(\d{12})/a(\d{6})/")
 """Groups: step, attempt."""
 
@@ -142,7 +146,9 @@ class Record:
                 or s.key != shard_key(record.step, record.attempt, s.rank, record.world_size)
                 for s in record.shards
             ),
-            "has shards of negative size": any(min(s.size, s.part_size) < 0 for s in record.shards),
+            "has shards of sizes that cannot be": any(
+                not (0 <= s.size <= MOST_SHARD and 0 <= s.part_size <= MOST_PART) for s in record.shards
+            ),
         }
         for problem, found in problems.items():
             if found:

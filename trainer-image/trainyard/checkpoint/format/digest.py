@@ -13,15 +13,13 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainyard.checkpoint.errors import ShardInvalid
-from trainyard_api.checkpoints import Shard
+from trainyard_api.checkpoints import MOST_SHARD, Shard
 from trainyard_api.serde import decode, encode
 
 PART = 16 << 20
 """Bytes. At least S3's least part (5 MiB)."""
 _MOST_PARTS = 9000
 """S3 takes 10 000."""
-MOST_SIZE = 5 << 40
-"""Bytes of a shard. A reader has whole parts in memory: what claims to be larger would decide how much that is."""
 
 
 def part_size(size: int) -> int:
@@ -63,7 +61,9 @@ class Descriptor:
         """Raises ShardInvalid for what cannot be, or is not the descriptor of the shard `expected`."""
         try:
             found = decode(cls, data)
-            if not 1 <= found.shard.size <= MOST_SIZE or found.shard.part_size != part_size(found.shard.size):
+            if not 1 <= found.shard.size <= MOST_SHARD or found.shard.part_size != part_size(
+                found.shard.size
+            ):
                 raise ValueError(f"size {found.shard.size} in parts of {found.shard.part_size}")
             # Counted, not listed: a size that lies must not decide how much is allocated.
             count = -(-found.shard.size // found.shard.part_size)

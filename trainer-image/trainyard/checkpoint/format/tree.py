@@ -21,6 +21,8 @@ from trainyard.checkpoint.format.dtypes import from_name, to_name
 if TYPE_CHECKING:
     import torch
 
+_LONGEST = 1 << 48
+"""A dimension: one that is longer is in no tensor, though one with nothing in it could claim to be."""
 _DEEPEST = 200
 """Levels: a skeleton that is deeper did not come from `flatten`."""
 
@@ -239,7 +241,7 @@ def _list(given: Any) -> list[Any]:
 
 
 def _lengths(given: Any) -> list[int]:
-    if any(type(n) is not int or n < 0 for n in _list(given)):
+    if any(type(n) is not int or not 0 <= n < _LONGEST for n in _list(given)):
         raise ValueError("not a shape")
     return given  # type: ignore[no-any-return]
 

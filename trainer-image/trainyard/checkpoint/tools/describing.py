@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,7 +33,7 @@ class Tensor:
 class Content:
     record: Record
     tensors: list[Tensor]
-    """By name."""
+    """By name, numbers in it by their value."""
     values: dict[str, str]
     """Dotted path to the text of each value that is not a tensor, in the order of the checkpoint."""
 
@@ -50,11 +51,17 @@ def describe(run: Run, record: Record) -> Content:
             name=name, dtype=str(pieces[0].torch_dtype).removeprefix("torch."), shape=pieces[0].whole,
             pieces=len(pieces), size=sum(p.end - p.begin for p in pieces),
         )
-        for name, pieces in sorted(found.items())
+        for name, pieces in sorted(found.items(), key=lambda item: _natural(item[0]))
     ]  # fmt: skip
     values: dict[str, str] = {}
     _values(with_refs(reader.tree("checkpoint")), "", values)
     return Content(record=record, tensors=tensors, values=values)
+
+
+def _natural(name: str) -> list[tuple[int, str]]:
+    """Sort key: numbers by their value."""
+    parts = re.split(r"(\d+)", name)
+    return [(int(part[:18]), part) if part.isdecimal() else (-1, part) for part in parts]
 
 
 def _values(node: Any, path: str, found: dict[str, str]) -> None:
