@@ -74,7 +74,10 @@ def _arguments(init: Callable[..., None]) -> Callable[..., None]:
 
 
 class Trainer(CheckpointFiles, TrainerFacade):
-    """`lightning.pytorch.Trainer`: the same arguments with the same defaults, and `checkpoint`.
+    """`lightning.pytorch.Trainer`: the same arguments with the same defaults, `checkpoint` and `virtual_ranks`.
+
+    With `deterministic="elastic"` a step is computed in `virtual_ranks` parts, and the weights are the same, bit for bit,
+    at any number of processes up to that.
 
     World size and ranks are torchrun's. With `checkpoint`, or inside a TrainingRun, `fit` resumes by itself and returns
     when its last checkpoint is committed. Raises TypeError for an unknown argument, MisconfigurationException for a
