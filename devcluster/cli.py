@@ -121,12 +121,14 @@ def _parser() -> argparse.ArgumentParser:
     p = verb("bench", bench, "Measure; writes tests/bench/results/.")
     p.add_argument(
         "what",
-        choices=["recovery", "trainer", "elastic"],
-        help="recovery: seconds after kills; trainer: the library's overhead; "
+        choices=["recovery", "trainer", "checkpoint", "elastic"],
+        help="recovery: seconds after kills; trainer: the library's overhead; checkpoint: stalls, throughput, memory; "
         "elastic: what the same bits at any number of processes cost",
     )
     p.add_argument("--trials", type=int, default=20, help="kills of each kind, or rounds (default: 20)")
     p.add_argument("--out", type=Path, default=CHECKOUT / "tests" / "bench" / "results")
+    p.add_argument("--sizes", help="checkpoint: of the state (default: 64M,256M,1G,4G)")
+    p.add_argument("--quick", action="store_true", help="checkpoint: everything once, with a tiny state")
     on_cluster(p, "bench")
     add_cluster_arguments(p)
 
