@@ -10,6 +10,7 @@ process, and sends the last one's sum to all.
 from __future__ import annotations
 
 import fcntl
+import itertools
 import json
 import os
 import resource
@@ -101,16 +102,19 @@ def rank(world: int, way: str, steps: int) -> None:
             return torch.optim.SGD(self.parameters(), 1e-3)
 
     class Clock(L.Callback):
-        times: list[float] = []
-        bytes: list[int] = []
+        def __init__(self) -> None:
+            self.times: list[float] = []
+            self.carried: list[int] = []
 
         def on_train_start(self, trainer: L.Trainer, pl_module: L.LightningModule) -> None:
             if way not in ("ddp", "tree"):
                 replace(trainer.fit_loop.optimization, way, trainer.strategy)  # type: ignore[union-attr]
 
-        def on_before_zero_grad(self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any) -> None:
+        def on_before_zero_grad(
+            self, trainer: L.Trainer, pl_module: L.LightningModule, optimizer: Any
+        ) -> None:
             self.times.append(time.perf_counter())
-            self.bytes.append(sent())
+            self.carried.append(sent())
 
     L.seed_everything(0, verbose=False)
     elastic = {"deterministic": "elastic", "virtual_ranks": VIRTUAL} if way != "ddp" else {}
@@ -123,11 +127,11 @@ def rank(world: int, way: str, steps: int) -> None:
     data = TensorDataset(torch.randn(VIRTUAL * BATCH * 4, SIZE))
     model = Net()
     trainer.fit(model, DataLoader(data, BATCH))
-    times, carried = clock.times[WARM_UP:], clock.bytes[WARM_UP:]
+    times, carried = clock.times[WARM_UP:], clock.carried[WARM_UP:]
     print(
         json.dumps(
             {
-                "seconds": [b - a for a, b in zip(times, times[1:], strict=False)],
+                "seconds": [b - a for a, b in itertools.pairwise(times)],
                 "bytes": (carried[-1] - carried[0]) / (len(carried) - 1),
                 "gradient_bytes": sum(p.numel() * p.element_size() for p in model.parameters()),
                 "memory_mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,

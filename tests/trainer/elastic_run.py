@@ -72,7 +72,7 @@ class Numbered(Dataset[Any]):
     def __getitem__(self, index: int) -> Any:
         inputs = self.inputs[index]
         if self.noise:
-            inputs = inputs + 0.01 * (torch.rand(4) + random.random() + float(np.random.rand()))  # noqa: NPY002, S311
+            inputs = inputs + 0.01 * (torch.rand(4) + random.random() + float(np.random.rand()))
         return inputs.float(), self.inputs[index].sum().reshape(1), index
 
 
@@ -86,7 +86,7 @@ class Net(L.LightningModule):
         if options.uneven:
             self.rare, self.never = nn.Linear(4, 1), nn.Linear(2, 2)
         self.head = nn.Linear(16, 1)
-        self.log_file = Path(options.folder, "samples").open("a")
+        self.log_file = Path(options.folder, "samples")
         self.planned: int | float = 0
 
     def forward(self, x: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
@@ -101,9 +101,9 @@ class Net(L.LightningModule):
         time.sleep(self.options.delay)
         if not plan.padding:
             line = {"step": self.global_step, "epoch": self.current_epoch, "ids": ids.tolist()}
-            self.log_file.write(json.dumps(line) + "\n")
-            self.log_file.flush()
-        noise = random.random() + float(np.random.rand()) if self.options.noise else 0.0  # noqa: NPY002, S311
+            with self.log_file.open("a") as log:
+                log.write(json.dumps(line) + "\n")
+        noise = random.random() + float(np.random.rand()) if self.options.noise else 0.0
         loss = nn.functional.mse_loss(self(x, ids), y) * (1 + 0.01 * noise)
         self.log("loss", loss, on_step=True, on_epoch=True, sync_dist=True)
         self.log("most", loss, on_step=False, on_epoch=True, reduce_fx="max")
@@ -155,7 +155,9 @@ def main(options: Options) -> None:
     )  # fmt: skip
     model = Net(options)
     data = Numbered(options.samples, options.noise)
-    sampler = WeightedRandomSampler([1.0] * len(data), len(data), replacement=False) if options.sampler else None
+    sampler = (
+        WeightedRandomSampler([1.0] * len(data), len(data), replacement=False) if options.sampler else None
+    )
     train = DataLoader(
         data, options.batch, shuffle=not options.sampler, sampler=sampler, drop_last=options.drop_last,
         num_workers=options.workers,

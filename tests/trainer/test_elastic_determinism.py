@@ -20,7 +20,17 @@ EPOCHS = 4
 
 def same(story: Story, unbroken: Story) -> None:
     """Weights, buffers, the optimizer's state and what was logged: bit by bit."""
-    for key in ("weights", "optimizer", "values", "step", "epoch", "batches", "total", "planned", "per_epoch"):
+    for key in (
+        "weights",
+        "optimizer",
+        "values",
+        "step",
+        "epoch",
+        "batches",
+        "total",
+        "planned",
+        "per_epoch",
+    ):
         assert story.result[key] == unbroken.result[key], key
     assert story.steps() == unbroken.steps()
 
@@ -48,7 +58,10 @@ def test_weights_do_not_depend_on_the_processes(host: Host, tmp_path: Path, opti
 
 
 def test_any_number_of_processes_is_allowed_up_to_the_virtual_ranks(host: Host, tmp_path: Path) -> None:
-    runs = [Story(host, tmp_path / str(world), virtual=5, epochs=1, batch_norm=False).part(world) for world in (1, 2, 3, 5)]
+    runs = [
+        Story(host, tmp_path / str(world), virtual=5, epochs=1, batch_norm=False).part(world)
+        for world in (1, 2, 3, 5)
+    ]
     assert len({run.result["weights"] for run in runs}) == 1
     refused = Story(host, tmp_path / "6", virtual=5, epochs=1, batch_norm=False).part(6, code=1)
     assert "5 virtual ranks are too few for 6 processes; start at most 5" in refused.output
@@ -117,7 +130,10 @@ def test_without_keyed_generators_the_bits_differ(host: Host, tmp_path: Path) ->
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"virtual": 6}, "virtual_ranks: 6, but the checkpoint is of a run with deterministic='elastic' and 4"),
+        (
+            {"virtual": 6},
+            "virtual_ranks: 6, but the checkpoint is of a run with deterministic='elastic' and 4",
+        ),
         ({"batch": 2}, "batch_size: 2, but the checkpoint is of a run with deterministic='elastic' and 3"),
         ({"accumulate": 2}, "accumulate_grad_batches: 2, but the checkpoint is of a run"),
     ],

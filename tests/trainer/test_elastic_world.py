@@ -66,7 +66,11 @@ def test_the_gradient_is_that_of_the_mean_over_the_step(host: Host, tmp_path: Pa
     [
         ({}, 2, "the global batch stays as it is: 2 ranks x 2 batches; 4 ranks x 1 batch when the run began"),
         ({}, 1, "the global batch stays as it is: 1 ranks x 4 batches; 4 ranks x 1 batch when the run began"),
-        ({}, 3, "the global batch stays as it is, 12 samples: 3 ranks x 2 batches, smaller than 3; 4 ranks x 1 batch"),
+        (
+            {},
+            3,
+            "the global batch stays as it is, 12 samples: 3 ranks x 2 batches, smaller than 3; 4 ranks x 1 batch",
+        ),
         ({"limit": 4}, 2, "the global batch stays as it is: 2 ranks x 2 batches"),
     ],
     ids=["4 to 2", "4 to 1", "4 to 3", "limited"],

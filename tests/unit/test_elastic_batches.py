@@ -101,7 +101,9 @@ def test_virtual_ranks_have_the_same_batches_in_any_division(
     def batches(processes: int) -> list[tuple[object, ...]]:
         found = []
         for rank in range(processes):
-            own = list(plan.in_steps(lambda n, r=rank: virtual_window(plan, block(r, processes, virtual), n), 0))
+            own = list(
+                plan.in_steps(lambda n, r=rank: virtual_window(plan, block(r, processes, virtual), n), 0)
+            )
             assert sum(b.steps for b in own) == plan.steps, "every process steps as often"
             assert sum(b.counts for b in own) == plan.batches_from(0)
             assert [b.last for b in own] == [False] * (len(own) - 1) + [True]
@@ -128,7 +130,9 @@ def test_validation_keeps_its_places() -> None:
     whole = LoopState(batches=24, total_batches=24)
     assert schedule.validates_at_end(whole, complete=True, should_stop=False, scale=Fraction(4))
     at_once = LoopState(batches=3, total_batches=3)
-    assert schedule.validates_within(at_once, batches=9, last=False, counts=2), "the second batch is among them"
+    assert schedule.validates_within(at_once, batches=9, last=False, counts=2), (
+        "the second batch is among them"
+    )
     assert not schedule.validates_within(at_once, batches=9, last=False, counts=1)
     assert not schedule.validates_within(LoopState(batches=2), batches=9, last=False, counts=0)
 
@@ -187,6 +191,8 @@ def test_an_elastic_checkpoint_holds_its_run_to_it() -> None:
     check_checkpoint(before, before)
     check_checkpoint(Batching(ranks=3, batch_size=5, accumulate=1, counted_at=3), before)
     for change in ({"ranks": 5}, {"batch_size": 3}, {"accumulate": 2}):
-        now = Batching(**{"ranks": 4, "batch_size": 2, "accumulate": 1, "counted_at": 4, "virtual": True, **change})
+        now = Batching(
+            **{"ranks": 4, "batch_size": 2, "accumulate": 1, "counted_at": 4, "virtual": True, **change}
+        )
         with pytest.raises(MisconfigurationException, match="would lead to other weights"):
             check_checkpoint(before, now)

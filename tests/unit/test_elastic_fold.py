@@ -60,7 +60,9 @@ def test_blocks_are_contiguous_and_even() -> None:
 def test_buckets_keep_types_apart_and_sizes_small() -> None:
     import torch
 
-    tensors = [torch.zeros(n, dtype=d) for n, d in [(3, torch.float32), (3, torch.bfloat16), (4, torch.float32)]]
+    tensors = [
+        torch.zeros(n, dtype=d) for n, d in [(3, torch.float32), (3, torch.bfloat16), (4, torch.float32)]
+    ]
     assert buckets(tensors, 28) == [[0, 2], [1]]
     assert buckets(tensors, 27) == [[0], [1], [2]], "what is too large goes by itself"
 
