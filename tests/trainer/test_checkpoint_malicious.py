@@ -42,13 +42,13 @@ def archive(
 
 
 def bomb() -> bytes:
-    """A small file of a tensor of 4 GiB: zeros, compressed."""
+    """A small file of a tensor of 1.5 GiB: zeros, compressed."""
     buffer = io.BytesIO()
     with zipfile.ZipFile(buffer, "w", zipfile.ZIP_DEFLATED) as file:
-        file.writestr("archive/data.pkl", tensor_pickle(1 << 30))
+        file.writestr("archive/data.pkl", tensor_pickle(3 << 27))
         file.writestr("archive/byteorder", "little")
         with file.open("archive/data/0", "w", force_zip64=True) as out:
-            for _ in range(256):
+            for _ in range(96):
                 out.write(bytes(16 << 20))
         file.writestr("archive/version", "3\n")
     return buffer.getvalue()
