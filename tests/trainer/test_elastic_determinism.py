@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import time
 from collections import Counter
 from pathlib import Path
@@ -88,6 +90,29 @@ def test_killed_and_resumed_from_the_bucket(host: Host, run_env: dict[str, str],
     result = json.loads(line.removeprefix("RESULT "))
     for key in ("weights", "optimizer", "values", "step", "epoch", "total"):
         assert result[key] == unbroken.result[key], key
+
+
+def test_stopped_in_the_middle_of_a_step(host: Host, run_env: dict[str, str], tmp_path: Path) -> None:
+    """SIGTERM to one process, while the processes have different numbers of batches in each step: all end after one step,
+    saved, and go on from it."""
+    elastic = {**run_env, "TRAINYARD_DETERMINISM": "elastic", "TRAINYARD_VIRTUAL_RANKS": "7"}
+    elastic["TRAINYARD_CHECKPOINT_EVERY_STEPS"] = "1000"
+    options = {"epochs": 2, "engine": True, "batch_norm": False, "accumulate": 2}
+    unbroken = Story(host, tmp_path / "unbroken", virtual=7, **{**options, "engine": False}).part(1)
+    folder = tmp_path / "story"
+    folder.mkdir()
+    given = json.dumps({**options, "folder": str(folder), "delay": 0.03})
+    ranks = host.start([SCRIPT, given], world=3, env=elastic)
+    wait_for(folder / "samples", 2, ranks[0])
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    assert host.wait(ranks, 60) == [143, 143, 143], ranks[0].output[-3000:]
+    assert "stopping after step" in ranks[0].output
+    given = json.dumps({**options, "folder": str(folder)})
+    ranks = host.run([SCRIPT, given], world=2, env={**elastic, "TRAINYARD_ATTEMPT": "2"})
+    (line,) = [x for x in ranks[0].output.splitlines() if x.startswith("RESULT ")]
+    assert json.loads(line.removeprefix("RESULT "))["weights"] == unbroken.result["weights"]
+    every = [i for text in (folder / "samples").read_text().splitlines() for i in json.loads(text)["ids"]]
+    assert Counter(every) == {i: 2 for i in range(97)}, "nothing was done twice"
 
 
 def wait_for(samples: Path, step: int, rank: Rank) -> None:

@@ -158,14 +158,14 @@ class FitLoop:
         """Whether the rest of the epoch is to be skipped."""
         trainer, state, metrics, call = self.trainer, self.state, self.metrics, self.call
         index = state.batches + plan.turn
+        own, moment = None if plan.padding else plan.virtual, state.step
         if plan.virtual is not None:
             seed_batch(state, plan)
+            metrics.enter(own, moment)
         batch = self.transfer(raw, 0)
         trainer.batch_plan = plan
         trainer.is_last_batch = plan.last
         metrics.batch, metrics.weight = batch, 0 if plan.padding else None
-        own, moment = None if plan.padding else plan.virtual, state.step
-        metrics.enter(own, moment)
         if call("on_train_batch_start", batch, index) == _SKIP_EPOCH:
             return True
         stepped = state.stepped
@@ -178,9 +178,11 @@ class FitLoop:
             step_schedulers(trainer, "step", plateau=False)
         if plan.last:
             step_schedulers(trainer, "epoch", plateau=False)
-        metrics.enter(own, moment)
+        if own is not None:  # between the two it was the step of all
+            metrics.enter(own, moment)
         call("on_train_batch_end", self.optimization.outputs, batch, index)
-        metrics.enter(None, moment)
+        if own is not None:
+            metrics.enter(None, moment)
         if state.stepped > stepped:
             self.report(plan, batch)
         metrics.batch = None
