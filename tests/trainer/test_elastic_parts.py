@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import socket
 import subprocess
@@ -12,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.trainer.forkhost import ROOT
 from trainyard.elastic import notes, threads
 from trainyard.elastic.network import interface_of, wait_for_listener
 from trainyard.elastic.worker import path0
@@ -148,3 +150,20 @@ def test_path0_is_that_of_python(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
             [sys.executable, *command], capture_output=True, text=True, check=True
         ).stdout.strip()
         assert path0(command) == (said or str(tmp_path))
+
+
+def test_an_image_without_an_optional_package_preloads_without_a_warning() -> None:
+    script = (
+        "import sys\n"
+        "for name in ('rich', 'tqdm', 'matplotlib', 'onnx'): sys.modules[name] = None\n"
+        "from trainyard.elastic.zygote import import_all\n"
+        "print(import_all(['not_there'], '.'))\n"
+    )
+    paths = os.pathsep.join([str(ROOT / "trainer-image"), str(ROOT / "operator")])
+    done = subprocess.run(
+        [sys.executable, "-c", script], env=os.environ | {"PYTHONPATH": paths}, capture_output=True, text=True,
+        timeout=120, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    (problem,) = ast.literal_eval(done.stdout.splitlines()[-1])
+    assert problem.startswith("cannot preload not_there")

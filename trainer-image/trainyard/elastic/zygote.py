@@ -66,6 +66,11 @@ def import_all(preload: list[str], folder: str) -> list[str]:
         for name in (*_library(problems), *preload):
             try:
                 importlib.import_module(name)
+            except ModuleNotFoundError as error:
+                # A part of the library for a package that this image does not have: whoever wants the part is told then.
+                ours = name.startswith("trainyard.") and not (error.name or "").startswith("trainyard")
+                if not ours:
+                    problems.append(f"cannot preload {name}: {type(error).__name__}: {error}")
             except Exception as error:  # a user's module may raise anything
                 problems.append(f"cannot preload {name}: {type(error).__name__}: {error}")
     finally:
