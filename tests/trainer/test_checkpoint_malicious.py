@@ -8,7 +8,7 @@ import json
 import pickle
 import struct
 import zipfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -152,30 +152,12 @@ def results(host: Host, tmp_path_factory: pytest.TempPathFactory) -> dict[str, d
     return {each["name"]: each for each in found}
 
 
-OPEN = {
-    "pieces that overlap and leave a gap of the same size": "reader.py: counts elements, and does not ask format.coverage",
-    "a record of no rank": "reader.py: IndexError for a commit without shards",
-    "a shard that is a link out of the directory": "store_local.py: follows links out of the run's folder",
-    "a folder that is a link out of the directory": "store_local.py: follows links out of the run's folder",
-    "a record that is a link to a device": "store_local.py: a record that is no file is not listed, but takes its number",
-    "a terabyte of zeros by one call": "ckpt_file.py: MemoryError out of torch.load",
-}
-"""What is not refused yet, and where it is to be."""
-
-
-def cases(names: Iterable[str]) -> list[Any]:
-    return [
-        pytest.param(name, marks=[pytest.mark.xfail(reason=OPEN[name], strict=True)] if name in OPEN else [])
-        for name in names
-    ]
-
-
 def harmless(found: dict[str, Any]) -> None:
     assert not found["canary"], "something of it ran"
     assert found["grown"] < MOST_GROWN
 
 
-@pytest.mark.parametrize("name", cases(CASES))
+@pytest.mark.parametrize("name", CASES)
 def test_a_bad_commit_is_passed_over(results: dict[str, dict[str, Any]], name: str) -> None:
     found = results[name]
     harmless(found)
@@ -197,7 +179,7 @@ def test_a_run_with_nothing_good_is_refused_and_never_begins_anew(results: dict[
     assert "will not begin from zero" in found["said"]
 
 
-@pytest.mark.parametrize("name", cases(FILES))
+@pytest.mark.parametrize("name", FILES)
 def test_a_bad_file_is_refused(results: dict[str, dict[str, Any]], name: str) -> None:
     found = results[name]
     harmless(found)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from trainyard.checkpoint.errors import CheckpointError, NotFound, ShardInvalid, StoreUnavailable
+from trainyard.checkpoint.format.coverage import disjoint
 from trainyard.checkpoint.format.digest import Descriptor, digest
 from trainyard.checkpoint.format.geometry import Box, Index
 from trainyard.checkpoint.format.runs import Run, runs_of
@@ -164,12 +165,12 @@ class CheckpointReader:
                 )
             runs = [(s, run) for s, e in entries for run in runs_of(e, request.box, request.target)]
             covered = sum(run.elements for _, run in runs)
-            if covered == request.box.numel:
+            if covered == request.box.numel and (len(runs) < 2 or disjoint([e.box for _, e in entries])):
                 wanted += runs
             elif final:
                 raise ShardInvalid(
                     f"{request.name}: the checkpoint of step {self.record.step} has {covered} of its "
-                    f"{request.box.numel} elements"
+                    f"{request.box.numel} elements, each once"
                 )
             else:
                 left.append(request)
@@ -224,6 +225,8 @@ class CheckpointReader:
     # ---- bytes
 
     def _shard(self, rank: int) -> Shard:
+        if rank >= len(self.record.shards):
+            raise ShardInvalid(f"the commit of step {self.record.step} has no shard of rank {rank}")
         return self.record.shards[rank]
 
     def _read_header(self, shard: Shard) -> Header:

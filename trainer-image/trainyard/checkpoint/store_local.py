@@ -5,10 +5,12 @@ from __future__ import annotations
 import contextlib
 import errno
 import os
+import stat
 import threading
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from trainyard.checkpoint.errors import NotFound, ShardInvalid, StoreConfigError, StoreError, StoreUnavailable
@@ -44,25 +46,42 @@ class LocalStore:
     # ---- reading
 
     def get(self, key: str, limit: int = GET_LIMIT) -> bytes:
-        with self._errors(key), (self._root / key).open("rb") as file:
-            data = file.read(limit + 1)
+        with self._errors(key), self._open(key) as file:
+            data = b""
+            while len(data) <= limit and (more := file.read(limit + 1 - len(data))):
+                data += more
         if len(data) > limit:
             raise ShardInvalid(f"{self._uri}/{key}: is larger than {limit} bytes")
         return data
 
     def read(self, key: str) -> Iterator[bytes]:
-        with self._errors(key), (self._root / key).open("rb") as file:
+        with self._errors(key), self._open(key) as file:
             while chunk := file.read(_CHUNK):
                 yield chunk
 
     def read_into(self, key: str, begin: int, buffer: memoryview) -> None:
-        with self._errors(key), (self._root / key).open("rb", buffering=0) as file:
+        with self._errors(key), self._open(key) as file:
             done = 0
             while done < len(buffer):
                 count = os.preadv(file.fileno(), [buffer[done:]], begin + done)
                 if not count:
                     raise ShardInvalid(f"{self._uri}/{key}: ends before byte {begin + len(buffer)}")
                 done += count
+
+    def _open(self, key: str) -> BinaryIO:
+        """A regular file under the run's folder, and nothing else: whoever may write there may not have us read elsewhere, or
+        wait for a pipe. Raises ShardInvalid, OSError."""
+        path = self._root / key
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+                raise ShardInvalid(f"{self._uri}/{key}: is no regular file")
+            if not path.resolve().is_relative_to(self._root.resolve()):
+                raise ShardInvalid(f"{self._uri}/{key}: is a link that leads out of the run's folder")
+        except BaseException:
+            os.close(descriptor)
+            raise
+        return os.fdopen(descriptor, "rb", buffering=0)
 
     # ---- writing
 
@@ -137,8 +156,9 @@ class LocalStore:
             for path in (self._root / prefix.rpartition("/")[0]).rglob("*"):
                 key = path.relative_to(self._root).as_posix()
                 with contextlib.suppress(FileNotFoundError):  # deleted meanwhile
-                    if key.startswith(prefix) and path.is_file():
-                        status = path.stat()
+                    status = path.lstat()
+                    # What is no file is there, too, and takes its name: only reading it is refused.
+                    if key.startswith(prefix) and not stat.S_ISDIR(status.st_mode):
                         yield Listed(key=key, size=status.st_size, modified=status.st_mtime)
 
     @contextlib.contextmanager

@@ -144,7 +144,7 @@ def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool
 
     import torch
 
-    if damaged := _damaged_records(source):
+    if damaged := _damaged_records(source, name):
         raise CheckpointFileDamaged(
             f"checkpoint {name} is damaged ({_size(source)}): the checksum of {damaged[0]} in it is wrong"
         )
@@ -164,6 +164,10 @@ def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool
             "weights_only=False. To write files that need no trust, leave such objects out: "
             "save_hyperparameters(ignore=[...])"
         ) from None
+    except MemoryError as error:
+        raise CheckpointFileDamaged(
+            f"checkpoint {name} ({_size(source)}) asks for more memory than there is"
+        ) from error
     except (RuntimeError, EOFError, ValueError, LookupError, TypeError, AttributeError, OSError) as error:
         # A wrong map_location is a RuntimeError too: it speaks of a device, a broken zip file does not.
         # Cut off at some places, a file has torch seek to before its beginning.
@@ -179,7 +183,7 @@ def _load(source: Path | IO[bytes], name: str, location: MapLocation, safe: bool
     return loaded
 
 
-def _damaged_records(source: Path | IO[bytes]) -> list[str]:
+def _damaged_records(source: Path | IO[bytes], name: str) -> list[str]:
     """torch.save writes a zip file with checksums, and torch.load does not look at them: it would load the damage."""
     import zipfile
 
@@ -188,6 +192,11 @@ def _damaged_records(source: Path | IO[bytes]) -> list[str]:
     try:
         with zipfile.ZipFile(source) as archive:
             records = archive.infolist()
+            if any(r.compress_type != zipfile.ZIP_STORED or r.file_size != r.compress_size for r in records):
+                # torch.save does not compress: a few bytes that unpack to more than there is memory are somebody's joke.
+                raise CheckpointFileDamaged(
+                    f"{name} is a zip file with compressed records, and no checkpoint"
+                )
             for record in records:
                 try:
                     with archive.open(record) as content:
