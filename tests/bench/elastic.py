@@ -65,12 +65,16 @@ def _summary(runs: list[dict[str, Any]]) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """Network: bytes of a step over all processes, by the size of the gradients. Memory: the largest process."""
-    lines = [f"{'way':8}{'processes':>10}{'step, ms':>10}{'least':>8}{'network':>10}{'memory':>12}{'same bits':>11}"]
+    lines = [
+        f"{'way':8}{'processes':>10}{'step, ms':>10}{'least':>8}{'network':>10}{'memory':>12}{'same bits':>11}"
+    ]
     for key, run in result["runs"].items():
         way, world = key.split()
         network = run["network_per_gradient"]
         carried = "-" if network is None else f"{network:.1f} x"
         step, least = (f"{run['step_seconds'][which] * 1000:.0f}" for which in ("median", "least"))
         same = "yes" if len(result["weights"][way]) == 1 else "no"
-        lines.append(f"{way:8}{world:>10}{step:>10}{least:>8}{carried:>10}{run['memory_mib']:>8.0f} MiB{same:>11}")
+        lines.append(
+            f"{way:8}{world:>10}{step:>10}{least:>8}{carried:>10}{run['memory_mib']:>8.0f} MiB{same:>11}"
+        )
     return "\n".join(lines)
