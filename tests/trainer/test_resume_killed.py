@@ -37,6 +37,10 @@ class Story:
         self.resumed_at: list[int] = []
         self.kept: list[dict[str, Any]] = []
 
+    def committed(self, run: str) -> bool:
+        records = (self.folder / "store" / run / "commits").glob("*.json")
+        return any(json.loads(record.read_text())["kind"] == "commit" for record in records)
+
     def attempt(self, run: str, *, kill_after: int | None = None, victim: int = 0) -> list[Rank]:
         self.attempts += 1
         log = self.folder / f"{run}-{self.attempts}"
@@ -47,7 +51,8 @@ class Story:
         ranks = self.host.start([SCRIPT, self.name, str(log)], world=self.world, env=env)
         if kill_after is not None:
             limit = time.monotonic() + 60
-            while len(lines(log, victim)) < kill_after:
+            # Before its first commit a run that is killed has nothing to go on from, which would show nothing.
+            while len(lines(log, victim)) < kill_after or not self.committed(run):
                 assert time.monotonic() < limit, ranks[victim].output[-3000:]
                 time.sleep(0.002)
             ranks[victim].kill()
