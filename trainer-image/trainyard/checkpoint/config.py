@@ -37,7 +37,9 @@ class KeepBest:
             metric, mode, count = text.split(":")
             return cls(metric=metric, mode=mode, count=int(count))
         except ValueError as error:
-            raise ValueError(f"{Env.CHECKPOINT_KEEP_BEST}: {text!r} is not metric:min|max:count ({error})") from None
+            raise ValueError(
+                f"{Env.CHECKPOINT_KEEP_BEST}: {text!r} is not metric:min|max:count ({error})"
+            ) from None
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -85,9 +87,13 @@ class CheckpointConfig:
         if self.every_n_seconds is not None and self.every_n_seconds <= 0:
             raise ValueError(f"checkpoint.every_n_seconds: {self.every_n_seconds} is not positive")
         if self.auto and (self.every_n_steps is not None or self.every_n_seconds is not None):
-            raise ValueError("checkpoint.auto: chooses the interval; leave out every_n_steps and every_n_seconds")
+            raise ValueError(
+                "checkpoint.auto: chooses the interval; leave out every_n_steps and every_n_seconds"
+            )
         if self.resume not in ("auto", "never", "required") and not self.resume.isdecimal():
-            raise ValueError(f"checkpoint.resume: {self.resume!r} is none of never, auto, required, or a step")
+            raise ValueError(
+                f"checkpoint.resume: {self.resume!r} is none of never, auto, required, or a step"
+            )
         if self.copies < 0:
             raise ValueError(f"checkpoint.copies: {self.copies} is negative")
         if self.keep < 2:
