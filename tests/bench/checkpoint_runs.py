@@ -67,6 +67,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
                 saves.append({
                     "stall": stall, "slower": slower, "whole": stall + time.perf_counter() - begin,
                 })  # fmt: skip
+            trainer.checkpointer._staging._settle()
             settle()
 
     found: dict[str, Any] = {}
@@ -149,8 +150,8 @@ def resume(settings: dict[str, Any]) -> dict[str, Any]:
             os._exit(0)
 
     config = CheckpointConfig(
-        uri=places(settings).uri, run="resume", every_n_steps=1 << 30, local=settings["local"]
-    )
+        uri=places(settings).uri, run="resume", every_n_steps=1 << 30, local=settings["local"], attempt=settings["attempt"],
+    )  # fmt: skip
     trainer = Trainer(
         accelerator="cpu", devices=settings["ranks"], strategy=settings["strategy"], max_steps=1 if fresh else 2,
         max_epochs=-1, logger=False, checkpoint=config, enable_progress_bar=False, enable_model_summary=False,

@@ -36,6 +36,10 @@ class Places:
 
 
 class Saver(Protocol):
+    def rest(self) -> None:
+        """Let what goes on beside the training come to its end: between two saves lie minutes."""
+        ...
+
     def save(self, number: int) -> None: ...
 
     def done(self) -> bool:
@@ -47,7 +51,12 @@ class Saver(Protocol):
         ...
 
 
-class _Blocking:
+class _Restless:
+    def rest(self) -> None:
+        pass
+
+
+class _Blocking(_Restless):
     def done(self) -> bool:
         return True
 
@@ -95,6 +104,9 @@ class Ours:
         self._engine.prepare(state.nbytes)
         self._step = 0
 
+    def rest(self) -> None:
+        self._engine._staging._settle()
+
     def save(self, number: int) -> None:
         from trainyard_api.checkpoints import Cursor
 
@@ -140,7 +152,7 @@ class TorchSave(_Blocking):
         return self._places.folder / f"{number}.pt"
 
 
-class Dcp:
+class Dcp(_Restless):
     """torch.distributed.checkpoint in a world of one."""
 
     def __init__(
@@ -201,7 +213,7 @@ class Dcp:
             shutil.rmtree(self._places.folder / str(number))
 
 
-class Lightning:
+class Lightning(_Restless):
     """`trainer.save_checkpoint`, which is what ModelCheckpoint calls, inside of a fit's hook."""
 
     def __init__(self, trainer: Any, places: Places, *, background: bool) -> None:
