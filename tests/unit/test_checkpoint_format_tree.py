@@ -253,6 +253,31 @@ def test_unusual_tensors_are_refused_by_name(value: torch.Tensor, what: str) -> 
         flatten({"here": value})
 
 
+def test_a_number_that_could_not_be_read_again_is_refused() -> None:
+    for value in (10**4300 - 1, 1 - 10**4300):
+        assert there_and_back([value]) == [value]
+    for value in (10**4300, -(10**4300)):
+        with pytest.raises(CheckpointConfigError, match=r"checkpoint\.a\.0: .* 4300 digits"):
+            flatten({"a": [value]})
+        with pytest.raises(CheckpointConfigError, match="4300 digits"):
+            flatten({value: 1})
+
+
+@pytest.mark.parametrize("kind", [dict, OrderedDict, Counter])
+def test_a_key_with_half_of_a_surrogate_pair_is_refused_by_name(kind: Any) -> None:
+    """It would be in the names of tensors, which other readers could not read."""
+    with pytest.raises(CheckpointConfigError, match=r"checkpoint\.here: the key 'a\\ud800'") as caught:
+        flatten({"here": kind({"a\ud800": 1, 2: 3})})
+    str(caught.value).encode()
+
+
+def test_a_text_with_half_of_a_surrogate_pair_comes_back_or_is_refused() -> None:
+    """Names of files may have some (os.fsdecode); two halves one after the other would come back as one character."""
+    assert there_and_back(["caf\udce9", "\U0001f600"]) == ["caf\udce9", "\U0001f600"]
+    with pytest.raises(CheckpointConfigError, match=r"checkpoint\.a: the text"):
+        flatten({"a": "\ud83d\ude00"})
+
+
 def test_endless_nesting_is_refused() -> None:
     value: list[Any] = []
     value.append(value)

@@ -86,6 +86,27 @@ def test_every_dtype_of_any_strides(folder: StagingFolder, name: str) -> None:
     assert [name for name in tensors if not same(found[name], tensors[name])] == []
 
 
+def test_tensors_of_any_length_and_those_who_share_an_address(folder: StagingFolder) -> None:
+    """Short ones and long ones are copied in different ways."""
+    whole = torch.arange(700_000.0)
+    tensors = {
+        "checkpoint.long": whole, "checkpoint.long_turned": whole.reshape(700, 1000).t(), "checkpoint.short": whole[:9],
+        "checkpoint.at_the_border": whole[: 1 << 18], "checkpoint.beyond_it": whole[5 : 6 + (1 << 18)],
+        **{f"checkpoint.step{i}": torch.tensor(float(i)) for i in range(50)},
+    }  # fmt: skip
+    found = content(put(folder, tensors))
+    assert [name for name in tensors if not same(found[name], tensors[name])] == []
+
+
+def test_nothing_is_written_beyond_the_file(tmp_path: Path) -> None:
+    file = MappedFile(tmp_path / "file", create=True)
+    file.resize(5000)
+    for begin in (-4, 4996, 4997, 1 << 40):
+        with pytest.raises(ValueError, match="of 5000"):
+            file.copy([(begin, torch.ones(2))])
+    file.close()
+
+
 def test_gradients_and_parameters_are_of_no_concern(folder: StagingFolder) -> None:
     parameter = torch.nn.Parameter(torch.randn(3))
     product = parameter * 2

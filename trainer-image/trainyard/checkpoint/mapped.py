@@ -28,6 +28,8 @@ _GRAIN = 2 << 20
 """Bytes: files are mapped in multiples of it, so that a header that grows a little does not need another mapping."""
 _IN_PLACE = frozenset({"tmpfs", "ext2", "ext3", "ext4", "xfs", "overlay"})
 """File systems on which a page that was written once can be written again without new space on the disk."""
+_SMALL = 1 << 20
+"""Bytes: a larger tensor is worth several threads."""
 _POPULATE_WRITE = 23
 """madvise(2), MADV_POPULATE_WRITE: Linux 5.14."""
 
@@ -142,12 +144,20 @@ class MappedFile:
 
         assert self._memory is not None  # noqa: S101 - after resize()
         streams: dict[Any, Any] = {}
+        memory, move = self._memory, ctypes.memmove
+        base, usual = memory.data_ptr(), (torch.Tensor, torch.nn.Parameter)
         with torch.no_grad():
             for begin, tensor in placed:
-                if not tensor.numel():
+                size = tensor.nbytes
+                if not size:
                     continue
-                size = tensor.numel() * tensor.element_size()
-                target = self._memory[begin : begin + size].view(tensor.dtype).view(tensor.shape)
+                if begin < 0 or begin + size > self._whole:
+                    raise ValueError(f"a tensor of {size} bytes at byte {begin} of {self._whole}")
+                if size <= _SMALL and _bare(tensor, usual):
+                    # A view of the target, of the right dtype and shape, would take ten times as long.
+                    move(base + begin, tensor.data_ptr(), size)
+                    continue
+                target = memory[begin : begin + size].view(tensor.dtype).view(tensor.shape)
                 if tensor.device.type == "cuda":
                     self._pin()
                     streams[tensor.device] = torch.cuda.current_stream(tensor.device)
@@ -181,6 +191,14 @@ class MappedFile:
             self._unmap()
             os.close(self._descriptor)
             self._descriptor = -1
+
+
+def _bare(tensor: torch.Tensor, usual: tuple[type, ...]) -> bool:
+    """Whether its bytes in memory are those that it stands for. Not if its storage is gone (FSDP frees some): torch says so."""
+    return (
+        type(tensor) in usual and tensor.is_cpu and tensor.is_contiguous()
+        and not tensor.is_conj() and not tensor.is_neg() and tensor.data_ptr() != 0
+    )  # fmt: skip
 
 
 def _cudart() -> Any:

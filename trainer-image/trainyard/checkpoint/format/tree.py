@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
+import json
 import math
 from collections import Counter, OrderedDict
 from collections.abc import Callable
@@ -25,6 +26,9 @@ _LONGEST = 1 << 48
 """A dimension: one that is longer is in no tensor, though one with nothing in it could claim to be."""
 _DEEPEST = 200
 """Levels: a skeleton that is deeper did not come from `flatten`."""
+_MOST_DIGITS = 4300
+"""Of a whole number: Python reads no longer ones from text (`sys.set_int_max_str_digits`)."""
+_BEYOND = 10**_MOST_DIGITS
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,22 +56,39 @@ def flatten(value: Any, path: str = "checkpoint") -> tuple[Any, dict[str, torch.
 
 class _Flattener:
     def __init__(self) -> None:
-        self.tensors: dict[str, torch.Tensor] = {}
-        self._names: dict[Any, str] = {}
-
-    def node(self, value: Any, path: str, depth: int) -> Any:
         import torch
 
+        self.tensors: dict[str, torch.Tensor] = {}
+        self._names: dict[Any, str] = {}
+        self._first: dict[int, str] = {}
+        """By address: the first tensor there. Few have company, so only those are compared by all of `_where`."""
+        self._usual = (torch.Tensor, torch.nn.Parameter)
+        self._torch = torch
+
+    def node(self, value: Any, path: str, depth: int) -> Any:
+        torch = self._torch
         if depth > _DEEPEST:
             raise CheckpointConfigError(f"{path[:200]}: nested more than {_DEEPEST} levels deep")
         kind = type(value)
-        if value is None or kind in (bool, int, str):
+        if kind in self._usual:
+            return self._tensor(value, path)
+        if value is None or kind is bool:
             return value
+        if kind is int:
+            if not -_BEYOND < value < _BEYOND:
+                raise CheckpointConfigError(
+                    f"{path}: a whole number of more than {_MOST_DIGITS} digits cannot be in a checkpoint"
+                )
+            return value
+        if kind is str:
+            return value if value.isascii() else _text(value, path)
         if kind is float:
             return value if math.isfinite(value) else {"$float": repr(value)}
+        if kind is dict:
+            return self._dict(value, path, depth)
         if isinstance(value, torch.Tensor):
-            return self._tensor(value.detach(), path)
-        if isinstance(value, OrderedDict | Counter) or kind is dict:
+            return self._tensor(value, path)
+        if isinstance(value, OrderedDict | Counter):
             return self._dict(value, path, depth)
         if kind is list:
             return [self.node(v, f"{path}.{i}", depth + 1) for i, v in enumerate(value)]
@@ -91,7 +112,16 @@ class _Flattener:
         )
 
     def _dict(self, value: Any, path: str, depth: int) -> Any:
-        plain = all(type(k) is str and not k.startswith("$") for k in value)
+        plain = True
+        for key in value:
+            if type(key) is not str:
+                plain = False
+            elif not key.isascii() and not _utf8(key):
+                raise CheckpointConfigError(
+                    f"{path}: the key {key[:100]!a} has half of a surrogate pair, and cannot be in a checkpoint"
+                )
+            elif key[:1] == "$":
+                plain = False
         if type(value) is dict and plain:
             return {k: self.node(v, f"{path}.{k}", depth + 1) for k, v in value.items()}
         pairs = [
@@ -102,7 +132,14 @@ class _Flattener:
         return {"$odict" if kind is OrderedDict else "$counter" if kind is Counter else "$dict": pairs}
 
     def _tensor(self, value: torch.Tensor, path: str) -> Any:
-        import torch
+        torch = self._torch
+        if value.requires_grad:
+            value = value.detach()
+        if (
+            type(value) in self._usual and value.layout is torch.strided and (value.is_cpu or value.is_cuda)
+            and value.dtype is not torch.complex128 and to_name(value.dtype) is not None
+        ):  # fmt: skip
+            return self._strided(value, path)
         from torch.distributed.tensor import DTensor
 
         if isinstance(value, DTensor):
@@ -122,7 +159,20 @@ class _Flattener:
             return {"$complex128": self._tensor(torch.view_as_real(value.resolve_conj().resolve_neg()), path)}
         if to_name(value.dtype) is None:
             raise CheckpointConfigError(f"{path}: a tensor of {value.dtype} cannot be in a checkpoint")
-        return self._ref(value, path, _where(value) if value.numel() else None)
+        return self._strided(value, path)
+
+    def _strided(self, value: torch.Tensor, path: str) -> Any:
+        if not value.numel():
+            return self._ref(value, path, None)
+        if not (value.is_cpu or value.is_cuda):
+            return self._ref(value, path, _where(value))
+        address = value.data_ptr()
+        first = self._first.get(address)
+        if first is None:
+            name = self._first[address] = self._name(value, path, None)
+            return {"$tensor": [name, to_name(value.dtype), list(value.shape)]}
+        self._names.setdefault(_where(self.tensors[first]), first)
+        return self._ref(value, path, _where(value))
 
     def _ref(self, value: torch.Tensor, path: str, same: Any) -> Any:
         return {"$tensor": [self._name(value, path, same), to_name(value.dtype), list(value.shape)]}
@@ -146,6 +196,22 @@ def _where(value: torch.Tensor) -> tuple[Any, ...]:
         value.untyped_storage()._cdata, value.storage_offset(), value.dtype, value.shape, value.stride(),
         value.is_conj(), value.is_neg(),
     )  # fmt: skip
+
+
+def _utf8(text: str) -> bool:
+    """False: it has halves of surrogate pairs."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _text(value: str, path: str) -> str:
+    """Raises CheckpointConfigError for a text that JSON would give back as another: it joins halves of surrogate pairs."""
+    if not _utf8(value) and json.loads(json.dumps(value)) != value:
+        raise CheckpointConfigError(f"{path}: the text {value[:100]!a} has a surrogate pair in two halves")
+    return value
 
 
 def refs(skeleton: Any) -> list[Ref]:
@@ -175,6 +241,8 @@ def _build(node: Any, tensor: Callable[[Ref], Any], depth: int) -> Any:
         return [_build(v, tensor, depth + 1) for v in node]
     if len(node) == 1 and (kind := next(iter(node))).startswith("$"):
         try:
+            if kind == "$tensor":
+                return tensor(_ref(node[kind]))
             return _special(kind, node[kind], tensor, depth + 1)
         except (TypeError, ValueError, AttributeError, KeyError, RuntimeError, binascii.Error) as error:
             raise ShardInvalid(f"skeleton: a bad {kind[:20]}: {type(error).__name__}") from error
@@ -187,8 +255,6 @@ def _special(kind: str, given: Any, tensor: Callable[[Ref], Any], depth: int) ->
     import torch
 
     match kind:
-        case "$tensor":
-            return tensor(_ref(given))
         case "$float" if given in ("nan", "inf", "-inf"):
             return float(given)
         case "$tuple":
