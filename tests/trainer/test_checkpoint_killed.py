@@ -47,9 +47,9 @@ def children(pid: int) -> list[int]:
     """Of all its threads: whichever started them."""
     found = []
     with suppress(OSError):  # it may end at any moment
-        for thread in os.listdir(f"/proc/{pid}/task"):
+        for thread in Path(f"/proc/{pid}/task").iterdir():
             with suppress(OSError):
-                found += map(int, Path(f"/proc/{pid}/task/{thread}/children").read_text().split())
+                found += map(int, (thread / "children").read_text().split())
     return found
 
 
