@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -358,3 +359,26 @@ def test_the_skeletons_are_in_the_header(folder: StagingFolder) -> None:
     data = file.path.read_bytes()
     header = read_header(data[: header_length(data[:8], file.size)], file.size)
     assert header.trees == trees
+
+
+def test_large_tensors_are_whole_on_a_disk_and_in_memory(tmp_path: Path) -> None:
+    tmpfs = Path("/dev/shm")  # noqa: S108 - a folder of our own in it
+    memory = Path(tempfile.mkdtemp(dir=tmpfs if os.access(tmpfs, os.W_OK) else tmp_path))
+    try:
+        for place in (tmp_path / "disk", memory):
+            folder = StagingFolder({"TRAINYARD_RUNTIME_DIR": str(place)})
+            for step in (1, 2):
+                tensors = {
+                    "checkpoint.a": torch.randn(700, 300),
+                    "checkpoint.b": torch.randn(300, 500).t(),
+                    "checkpoint.c": torch.randn(90_001).to(torch.bfloat16),
+                    "checkpoint.d": torch.randn(5),
+                }
+                file = put(folder, tensors, step)
+                found = content(file)
+                assert all(torch.equal(found[name], tensor) for name, tensor in tensors.items())
+                (folder.path / FREE).mkdir(exist_ok=True)
+                file.path.replace(folder.path / FREE / "again.safetensors")
+            folder.close()
+    finally:
+        shutil.rmtree(memory)

@@ -61,7 +61,11 @@ class MappedFile:
             raise
         found = os.fstat(self._descriptor)
         self.identity: Identity = found.st_dev, found.st_ino
-        self._in_place = _file_system(found.st_dev) in _IN_PLACE
+        file_system = _file_system(found.st_dev)
+        self._in_place = file_system in _IN_PLACE
+        self._by_write = file_system not in ("", "tmpfs")
+        """On a disk, a page that was written back meanwhile faults when it is written through a mapping. write(2) does not:
+        measured on ext4 (Linux 6.18), a quarter over the copy in memory instead of 150 %."""
         self._whole = 0
         """Bytes, from the beginning, that are known to have space on the disk."""
         self._touched = 0
@@ -157,6 +161,9 @@ class MappedFile:
                     # A view of the target, of the right dtype and shape, would take ten times as long.
                     move(base + begin, tensor.data_ptr(), size)
                     continue
+                if self._by_write and _bare(tensor, usual):
+                    self._write_at(begin, tensor.data_ptr(), size)
+                    continue
                 target = memory[begin : begin + size].view(tensor.dtype).view(tensor.shape)
                 if tensor.device.type == "cuda":
                     self._pin()
@@ -165,6 +172,12 @@ class MappedFile:
         for stream in streams.values():
             stream.synchronize()
         self._touched = self._whole
+
+    def _write_at(self, begin: int, address: int, size: int) -> None:
+        """The `size` bytes of memory from `address` on, at byte `begin`."""
+        memory, done = memoryview((ctypes.c_char * size).from_address(address)), 0
+        while done < size:  # at most 2 GiB a call
+            done += os.pwrite(self._descriptor, memory[done:], begin + done)
 
     def _pin(self) -> None:
         """Let devices write into the mapping by themselves. Where the file system does not allow it (disks), the driver
