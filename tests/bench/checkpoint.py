@@ -111,9 +111,7 @@ def _one_size(bench: _Bench, nbytes: int, args: argparse.Namespace, *, watch: bo
     with step(f"{name}: uploads and downloads, {todo.transfers} rounds"):
         moved = bench.run("transfer", {"bytes": nbytes, "rounds": todo.transfers})
     with step(f"{name}: loads"):
-        loads, load_memory = _loads(
-            bench, rounds[0]["bytes"], todo.resumes, watch=watch, together=args.quick
-        )
+        loads, load_memory = _loads(bench, rounds[0]["bytes"], todo.resumes, watch=watch, together=args.quick)
     with step(f"{name}: restarts"):
         restarts = _restarts(bench, nbytes, todo.resumes, quick=args.quick)
     memory: dict[str, Any] = {}
@@ -138,9 +136,7 @@ def _one_size(bench: _Bench, nbytes: int, args: argparse.Namespace, *, watch: bo
 class _Bench:
     """Runs processes of `checkpoint_cases`, each with a folder and a prefix of its own, which are deleted after it."""
 
-    def __init__(
-        self, python: Path, work: Path, memory: Path, s3: dict[str, str], data: Path
-    ) -> None:
+    def __init__(self, python: Path, work: Path, memory: Path, s3: dict[str, str], data: Path) -> None:
         self._python, self._work, self._memory, self._data = python, work, memory, data
         paths = (CHECKOUT, CHECKOUT / "trainer-image", CHECKOUT / "operator")
         self._env = {

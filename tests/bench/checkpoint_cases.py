@@ -1,6 +1,6 @@
 """One process of `./dev bench checkpoint`. Runs in the environment of locks/savers.txt, with Trainyard on its path.
 
-    python -m tests.bench.checkpoint_cases stall '{"case": "torch.save to a file", "bytes": 67108864, ...}'
+python -m tests.bench.checkpoint_cases stall '{"case": "torch.save to a file", "bytes": 67108864, ...}'
 """
 
 from __future__ import annotations
@@ -62,9 +62,7 @@ def places(settings: dict[str, Any], case: str = "") -> Places:
     name = re.sub(r"\W+", "-", case) or "all"
     folder = Path(settings["folder"]) / name
     folder.mkdir(parents=True, exist_ok=True)
-    return Places(
-        folder=folder, prefix=f"{settings['prefix']}/{name}", memory=Path(settings["memory"])
-    )
+    return Places(folder=folder, prefix=f"{settings['prefix']}/{name}", memory=Path(settings["memory"]))
 
 
 def settle() -> None:

@@ -63,7 +63,10 @@ def figures(result: dict[str, Any], source: str) -> str:
         lines += ["", *_by_size(
             f"MiB/s, {direction}", sizes, lambda found: found["transfer"][direction]["mib_per_second"]  # noqa: B023
         )]  # fmt: skip
-    lines += ["", *_by_size("Seconds to load, in a fresh process", sizes, lambda found: found["load_seconds"])]
+    lines += [
+        "",
+        *_by_size("Seconds to load, in a fresh process", sizes, lambda found: found["load_seconds"]),
+    ]
     lines += ["", *_restarts(sizes)]
     for nbytes, found in sizes.items():
         if found["memory"]:
@@ -90,9 +93,10 @@ def _bounds(sizes: dict[str, dict[str, Any]], automatic: dict[str, Any]) -> Iter
             )
     for nbytes, found in sizes.items():
         chosen = found["interval"]
+        held = _held(chosen["share"] < SHARE)
         yield (
             f"| stall at the automatic interval: under {SHARE:.0%} of the time (computed: every "
-            f"{chosen['interval_seconds']:g} s) | {label(int(nbytes))} | {chosen['share']:.2%} | | {_held(chosen['share'] < SHARE)} |"
+            f"{chosen['interval_seconds']:g} s) | {label(int(nbytes))} | {chosen['share']:.2%} | | {held} |"
         )
     yield (
         f"| the same in a run of {automatic['seconds']:.0f} s with {len(automatic['stalls'])} saves | "

@@ -56,7 +56,8 @@ def load(settings: dict[str, Any]) -> dict[str, Any]:
     for case in settings["cases"]:
         where = places(settings, LOADS[case])
         ready = _ready(case, where, settings["bytes"])
-        with watch.during() if watch else contextlib.nullcontext({}) as found:
+        looking: Any = watch.during() if watch else contextlib.nullcontext({})
+        with looking as found:
             begin = time.perf_counter()
             value = ready()
             seconds[case] = time.perf_counter() - begin
@@ -77,16 +78,17 @@ def _ready(case: str, where: Places, nbytes: int) -> Callable[[], Any]:
         import torch
 
         return lambda: torch.load(where.folder / "0.pt", weights_only=True)
-    import torch.distributed.checkpoint as dcp
+    from torch.distributed.checkpoint.filesystem import FileSystemReader
     from torch.distributed.checkpoint.fsspec_filesystem import FsspecReader
+    from torch.distributed.checkpoint.state_dict_loader import load as dcp_load
 
     # DCP loads into what is there: so its memory is that of a state that was made before, and counts as loaded.
     state = states.make(nbytes).for_dcp()
     fsspec = case.endswith("S3")
-    reader = FsspecReader(f"{where.uri}/0") if fsspec else dcp.FileSystemReader(where.folder / "0")
+    reader = FsspecReader(f"{where.uri}/0") if fsspec else FileSystemReader(where.folder / "0")
 
     def call() -> Any:
-        dcp.load(state, storage_reader=reader, no_dist=True)
+        dcp_load(state, storage_reader=reader, no_dist=True)
         return state
 
     return call
@@ -126,4 +128,3 @@ def _nbytes(value: Any) -> int:
     if isinstance(value, dict):
         value = list(value.values())
     return sum(map(_nbytes, value)) if isinstance(value, list | tuple) else 0
-

@@ -85,8 +85,8 @@ class Watch:
         self._say("begin")
 
     def _say(self, word: str) -> Any:
-        assert self._watcher.stdin is not None  # noqa: S101 - PIPE
-        assert self._watcher.stdout is not None  # noqa: S101 - PIPE
+        assert self._watcher.stdin is not None
+        assert self._watcher.stdout is not None
         self._watcher.stdin.write(word + "\n")
         self._watcher.stdin.flush()
         return json.loads(self._watcher.stdout.readline())
@@ -100,7 +100,7 @@ class Watch:
         found.update(self._say("end"))
 
     def close(self) -> None:
-        assert self._watcher.stdin is not None  # noqa: S101 - PIPE
+        assert self._watcher.stdin is not None
         self._watcher.stdin.close()
         self._watcher.wait(10)
 

@@ -91,7 +91,7 @@ def train(settings: dict[str, Any]) -> dict[str, Any]:
         accelerator="cpu", devices=1, max_steps=last, max_epochs=-1, logger=False, checkpoint=config,
         enable_progress_bar=False, enable_model_summary=False, callbacks=[ForSeconds() if auto else EachStep()],
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(1000, 1)))
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1000, 1))))
     return found if auto else {"saves": saves, "step": steps.usual}
 
 
@@ -159,7 +159,7 @@ def resume(settings: dict[str, Any]) -> dict[str, Any]:
     )  # fmt: skip
     module = Module()
     begin = time.perf_counter()
-    trainer.fit(module, torch.utils.data.DataLoader(torch.zeros(8, 1)))
+    trainer.fit(module, torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(8, 1))))
     if not fresh:
         raise RuntimeError("the run that should go on was over")
     return {"times": times}

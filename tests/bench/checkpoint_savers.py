@@ -156,7 +156,13 @@ class Dcp(_Restless):
     """torch.distributed.checkpoint in a world of one."""
 
     def __init__(
-        self, state: TrainState, places: Places, *, kind: str = "", keep_buffers: bool = False, fsspec: bool = False
+        self,
+        state: TrainState,
+        places: Places,
+        *,
+        kind: str = "",
+        keep_buffers: bool = False,
+        fsspec: bool = False,
     ) -> None:
         """`kind`: "thread" or "process"; else the save is synchronous. `keep_buffers`: what is staged into is kept from save
         to save, as DefaultStager does; by default it is allocated anew."""
@@ -164,7 +170,8 @@ class Dcp(_Restless):
         from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
         if not dist.is_initialized():
-            dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+            store = dist.HashStore()  # type: ignore[attr-defined]
+            dist.init_process_group("gloo", store=store, rank=0, world_size=1)
         self._state, self._places, self._kind, self._fsspec = state, places, kind, fsspec
         options = StagingOptions(
             use_pinned_memory=False, use_shared_memory=kind == "process", use_async_staging=False,
@@ -174,20 +181,19 @@ class Dcp(_Restless):
         self._pending: Any = None
 
     def save(self, number: int) -> None:
-        import torch.distributed.checkpoint as dcp
-        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType
+        from torch.distributed.checkpoint.state_dict_saver import AsyncCheckpointerType, async_save, save
 
         writer = self._writer(number)
         if not self._kind:
-            dcp.save(self._state.for_dcp(), storage_writer=writer)
+            save(self._state.for_dcp(), storage_writer=writer)
             return
-        self._pending = dcp.async_save(
+        self._pending = async_save(
             self._state.for_dcp(), storage_writer=writer, async_stager=self._stager,
             async_checkpointer_type=AsyncCheckpointerType[self._kind.upper()],
         )  # fmt: skip
 
     def _writer(self, number: int) -> Any:
-        from torch.distributed.checkpoint import FileSystemWriter
+        from torch.distributed.checkpoint.filesystem import FileSystemWriter
         from torch.distributed.checkpoint.fsspec_filesystem import FsspecWriter
 
         if self._fsspec:
@@ -206,7 +212,7 @@ class Dcp(_Restless):
 
     def clean(self, number: int) -> None:
         if self._fsspec:
-            import s3fs
+            import s3fs  # type: ignore[import-not-found]
 
             s3fs.S3FileSystem().rm(f"{BUCKET}/{self._places.prefix}/{number}", recursive=True)
         else:
@@ -246,8 +252,8 @@ class Lightning(_Restless):
 def lightning(state: TrainState, places: Places, use: Callable[[Saver], None], *, background: bool) -> None:
     """Calls `use` within a fit that has `state` as its module's and its optimizer's."""
     import torch
-    from lightning.pytorch import Callback, LightningModule, Trainer
-    from lightning.pytorch.plugins.io import AsyncCheckpointIO
+    from lightning.pytorch import Callback, LightningModule, Trainer  # type: ignore[import-not-found]
+    from lightning.pytorch.plugins.io import AsyncCheckpointIO  # type: ignore[import-not-found]
 
     class Module(LightningModule):  # type: ignore[misc]
         def __init__(self) -> None:
@@ -270,7 +276,7 @@ def lightning(state: TrainState, places: Places, use: Callable[[Saver], None], *
         enable_progress_bar=False, enable_model_summary=False, default_root_dir=places.folder,
         plugins=[AsyncCheckpointIO()] if background else None,
     )  # fmt: skip
-    trainer.fit(Module(), torch.utils.data.DataLoader(torch.zeros(1, 1)))
+    trainer.fit(Module(), torch.utils.data.DataLoader(torch.utils.data.TensorDataset(torch.zeros(1, 1))))
 
 
 @contextlib.contextmanager

@@ -45,7 +45,7 @@ def transfer(settings: dict[str, Any]) -> dict[str, Any]:
     }
     found: dict[str, dict[str, list[float]]] = {"upload": {}, "download": {}}
     for number in range(-1, settings["rounds"]):  # one to make connections and code warm
-        for direction in found:
+        for direction, all_seconds in found.items():
             ways: dict[str, Callable[[], Any]] = {
                 name: getattr(way, direction) for name, way in {OURS: ours, **bare}.items()
             }
@@ -56,7 +56,7 @@ def transfer(settings: dict[str, Any]) -> dict[str, Any]:
                 ways[name]()
                 seconds = time.perf_counter() - begin
                 if number >= 0:
-                    found[direction].setdefault(name, []).append(seconds)
+                    all_seconds.setdefault(name, []).append(seconds)
                 elif name == OURS and direction == "download":
                     ours.check(last)
                 ours.forget()
@@ -85,9 +85,7 @@ class Ours:
         self._step += 1
         names, part = (self._step, 1, 0, 1), part_size(self._size)
         parts = self._store.put_parts(shard_key(*names), self._path, part)
-        shard = Shard(
-            key=shard_key(*names), rank=0, size=self._size, sha256=tree_hash(parts), part_size=part
-        )
+        shard = Shard(key=shard_key(*names), rank=0, size=self._size, sha256=tree_hash(parts), part_size=part)
         text = json.dumps(Descriptor(shard=shard, parts=parts).to_json()).encode()
         self._store.put(descriptor_key(*names), text)
         self._record = self._log.append(
