@@ -17,7 +17,7 @@ from trainyard.checkpoint.loading import Layout
 from trainyard.checkpoint.messages import Outcome, Staged
 from trainyard.checkpoint.payload import Payload
 from trainyard.checkpoint.resume import Loaded, Opened, Resumption
-from trainyard.checkpoint.saving import save_shard
+from trainyard.checkpoint.saving import Planner, save_shard
 from trainyard.checkpoint.staging import StagingFolder
 from trainyard.checkpoint.stores import Store, open_store
 from trainyard.checkpoint.triggers import Triggers
@@ -47,6 +47,7 @@ class Checkpointer:
         self._store: Store | None = None
         self._uploads: Uploads | None = None
         self._staging = StagingFolder(target=_folder_of(config))
+        self._planner = Planner()
         self._resumption: Resumption | None = None
         self._attempt = 0
         self._parent = 0
@@ -237,7 +238,7 @@ class Checkpointer:
         }  # fmt: skip
         begin = time.monotonic()
         try:
-            file = save_shard(payload, self._staging, **names)
+            file = save_shard(payload, self._staging, self._planner, **names)
         except OSError as error:
             uploads.abandon(Staged(**names, path="", size=0), f"staging failed: {error}")
             return

@@ -34,6 +34,8 @@ class Assigned:
     """A view, not a copy; of any strides, on any device."""
     box: Box
     whole: Index
+    rows: tuple[int, int] | None = None
+    """[begin, end) of what this rank has, along the first dimension, if that is not all of it."""
 
 
 def assign(
@@ -77,11 +79,11 @@ def _share(pieces: Iterable[tuple[str, Piece]], number: int, count: int) -> Iter
     for (name, have), (begin, end) in zip(ordered, stretch(units, number, count), strict=True):
         if begin == end:
             continue
-        local, box = have.local, have.box
+        local, box, rows = have.local, have.box, None
         if end - begin < _units(have)[0]:
-            local = local[begin:end]
+            local, rows = local[begin:end], (begin, end)
             box = Box((box.offset[0] + begin, *box.offset[1:]), (end - begin, *box.shape[1:]))
-        yield Assigned(name, local, box, have.whole)
+        yield Assigned(name, local, box, have.whole, rows)
 
 
 def _units(have: Piece) -> tuple[int, int]:

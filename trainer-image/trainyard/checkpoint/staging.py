@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from trainyard.checkpoint.format.shardfile import Wanted, make_header
+from trainyard.checkpoint.format.shardfile import Layout, Wanted
 from trainyard.checkpoint.mapped import Identity, MappedFile, identity
 from trainyard.checkpoint.plan import Assigned
 from trainyard_api.checkpoints import shard_key
@@ -48,20 +48,26 @@ class StagedFile:
 
 def stage(
     pieces: Sequence[Assigned], trees: dict[str, Any], folder: StagingFolder, *, step: int, attempt: int, rank: int, world: int,
+    layout: Layout | None = None,
 ) -> StagedFile:  # fmt: skip
     """Write a shard: one copy of its tensors into a mapped file, which appears under its name when it is whole. When this
-    returns, the tensors may change again.
+    returns, the tensors may change again. `layout`: of these very pieces, if it is known already.
 
     No fsync: when the node goes, its staging folder goes with it. Raises OSError, with nothing left behind.
     """
-    header = make_header(
-        (Wanted(name=p.name, dtype=p.local.dtype, box=p.box, whole=p.whole) for p in pieces), trees
-    )
+    if layout is None:
+        layout = layout_of(pieces)
+    beginning = layout.beginning(trees)
+    start, size = len(beginning), len(beginning) + layout.bytes
     path = folder.path / shard_key(step, attempt, rank, world)
-    with folder.writing(path, header.size) as file:
-        file.write(header.raw)
-        file.copy([(header.entries[p.name].begin, p.local) for p in pieces])
-    return StagedFile(path, header.size)
+    with folder.writing(path, size) as file:
+        file.write(beginning)
+        file.copy([(start + layout.places[p.name][0], p.local) for p in pieces])
+    return StagedFile(path, size)
+
+
+def layout_of(pieces: Sequence[Assigned]) -> Layout:
+    return Layout(Wanted(name=p.name, dtype=p.local.dtype, box=p.box, whole=p.whole) for p in pieces)
 
 
 class StagingFolder:

@@ -73,34 +73,61 @@ class Wanted:
     whole: Index
 
 
-def make_header(wanted: Iterable[Wanted], trees: dict[str, Any]) -> Header:
-    """The header of a file that holds these pieces: none is empty, but for tensors that are. Aligned: the widest dtypes
-    come first."""
-    ordered = sorted(wanted, key=lambda w: (-w.dtype.itemsize, w.name))
-    spans: dict[str, Any] = {}
-    at = 0
-    for one in ordered:
-        length = one.box.numel * one.dtype.itemsize
-        spans[one.name] = {
-            "dtype": to_name(one.dtype), "shape": list(one.box.shape), "data_offsets": [at, at + length],
-        }  # fmt: skip
-        at += length
-    own = {"format": FORMAT, "trees": trees, "whole": {w.name: list(w.whole) for w in ordered}}
-    metadata = {
-        "DCP_SHARDING_INFO": json.dumps({w.name: {"saved_offsets": list(w.box.offset)} for w in ordered}),
-        "trainyard": json.dumps(own, separators=(",", ":")),
-    }
-    text = json.dumps({"__metadata__": metadata, **spans}, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + _LENGTH.size) % _PAGE)
-    start = _LENGTH.size + len(text)
-    entries = {
-        w.name: Entry(
-            name=w.name, dtype=spans[w.name]["dtype"], box=w.box, whole=w.whole,
-            begin=start + spans[w.name]["data_offsets"][0], end=start + spans[w.name]["data_offsets"][1],
+class Layout:
+    """Where pieces lie in a file, and all of its header that does not change from one save to the next.
+
+    None of the pieces is empty, but for tensors that are. Aligned: the widest dtypes come first.
+    """
+
+    def __init__(self, wanted: Iterable[Wanted]) -> None:
+        self.wanted = sorted(wanted, key=lambda w: (-w.dtype.itemsize, w.name))
+        self.places: dict[str, tuple[int, int]] = {}
+        """By name: [begin, end) in bytes after the header."""
+        self.bytes = 0
+        """Of all pieces."""
+        spans: dict[str, Any] = {}
+        for one in self.wanted:
+            span = self.bytes, self.bytes + one.box.numel * one.dtype.itemsize
+            self.places[one.name], self.bytes = span, span[1]
+            spans[one.name] = {
+                "dtype": to_name(one.dtype), "shape": list(one.box.shape), "data_offsets": list(span),
+            }  # fmt: skip
+        info = json.dumps({w.name: {"saved_offsets": list(w.box.offset)} for w in self.wanted})
+        whole = _compact({w.name: list(w.whole) for w in self.wanted})
+        text = _compact(spans)[1:-1]
+        # JSON within JSON: characters are escaped one by one, so that pieces of the text can be escaped by themselves.
+        self._before = f'{{"__metadata__":{{"DCP_SHARDING_INFO":{json.dumps(info)},"trainyard":"' + _escaped(
+            f'{{"format":{json.dumps(FORMAT)},"trees":'
         )
-        for w in ordered
-    }  # fmt: skip
-    return Header(entries=entries, trees=trees, size=start + at, raw=_LENGTH.pack(len(text)) + text)
+        self._after = _escaped(f',"whole":{whole}}}') + f'"}}{"," if text else ""}{text}}}'
+
+    def beginning(self, trees: dict[str, Any]) -> bytes:
+        """The file up to its first piece."""
+        text = (self._before + _escaped(_compact(trees)) + self._after).encode()
+        text += b" " * (-(len(text) + _LENGTH.size) % _PAGE)
+        return _LENGTH.pack(len(text)) + text
+
+
+def make_header(wanted: Iterable[Wanted], trees: dict[str, Any]) -> Header:
+    """The header of a file that holds these pieces."""
+    layout = Layout(wanted)
+    raw = layout.beginning(trees)
+    entries = {}
+    for one in layout.wanted:
+        begin, end = layout.places[one.name]
+        entries[one.name] = Entry(
+            name=one.name, dtype=str(to_name(one.dtype)), box=one.box, whole=one.whole,
+            begin=len(raw) + begin, end=len(raw) + end,
+        )  # fmt: skip
+    return Header(entries=entries, trees=trees, size=len(raw) + layout.bytes, raw=raw)
+
+
+def _compact(value: Any) -> str:
+    return json.dumps(value, separators=(",", ":"))
+
+
+def _escaped(text: str) -> str:
+    return json.dumps(text)[1:-1]
 
 
 def header_length(beginning: bytes, size: int) -> int:
