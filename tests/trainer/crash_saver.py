@@ -52,9 +52,8 @@ def main(uri: str, endpoint: str, run: str, acknowledged: str, steps: str) -> in
             print(f"step {known[-1]} was acknowledged", flush=True)
             return 4
         for number in range(step + 1, step + 1 + int(steps)):
-            checkpointer.finish(
-                number, Cursor(samples=number), lambda: Payload(checkpoint=state(number), own={})
-            )  # noqa: B023
+            payload = Payload(checkpoint=state(number), own={})
+            checkpointer.finish(number, Cursor(samples=number), lambda payload=payload: payload)  # type: ignore[misc]
             with Path(acknowledged).open("a") as file:
                 file.write(f"{number}\n")
                 file.flush()

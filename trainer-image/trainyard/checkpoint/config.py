@@ -64,7 +64,8 @@ class CheckpointConfig:
     keep_best: KeepBest | None = None
     resume: str = "auto"
     """"auto": the newest that is whole, the beginning if there never was one. "required": the same, but never the
-    beginning. "never": the beginning, even though there are checkpoints (they stay until newer ones replace them). Digits: that step."""
+    beginning. "never": the beginning, even though there are checkpoints (they stay until newer ones replace them).
+    Digits: that step."""
     local: bool = False
     """Keep the newest checkpoint on the nodes too, for a fast restart. In a TrainingRun: on unless it says no."""
     copies: int = 0
