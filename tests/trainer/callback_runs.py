@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,13 @@ class BreakAt(Callback):
 
     def __init__(self, batches: int | None, *, in_validation: bool = False) -> None:
         self.batches, self.in_validation, self.seen = batches, in_validation, 0
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
+        """Each save is committed before the next is due, on a slow machine too: it is known what is gone on from."""
+        end = time.monotonic() + 30
+        while trainer.checkpointer is not None and trainer.checkpointer.in_flight:
+            assert time.monotonic() < end, "a save is not committed after 30 s"
+            time.sleep(0.001)
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.loop_state.total_batches == self.batches and not self.in_validation:

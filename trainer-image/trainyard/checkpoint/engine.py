@@ -71,6 +71,11 @@ class Checkpointer:
         """Of the newest commit that this process has heard of; -1 if of none."""
         return self._committed_step
 
+    @property
+    def in_flight(self) -> bool:
+        """Whether this rank's last save is still on its way."""
+        return self._uploads is not None and self._uploads.busy
+
     def changed(self) -> None:
         """What was resumed from has become more without a step: `finish` is to commit this step once more."""
         self._changed = True
