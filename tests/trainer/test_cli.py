@@ -251,6 +251,7 @@ def test_help_without_torch(tmp_path: Path) -> None:
         "test",
         "predict",
         "export",
+        "checkpoints",
     ]
     assert torch_too == "False"
 

@@ -33,7 +33,7 @@ WORDS: Mapping[str, str] = {
     "accumulate_grad_batches": "batches for each optimizer step",
     "gradient_clip_val": "clip gradients at this norm, or value",
     "gradient_clip_algorithm": "norm or value",
-    "deterministic": "true, false, or warn",
+    "deterministic": "true, false, warn, or elastic: the same bits at any number of processes",
     "benchmark": "let cuDNN look for the fastest algorithms",
     "inference_mode": "torch.inference_mode for all but training; else no_grad",
     "use_distributed_sampler": "divide the data among the processes",
@@ -47,5 +47,6 @@ WORDS: Mapping[str, str] = {
     "enable_autolog_hparams": "give the hyperparameters to the loggers",
     "model_registry": "accepted, and without effect",
     "suggest_integrations": "accepted, and without effect",
+    "virtual_ranks": "of deterministic elastic: in how many parts each step is always computed",
     "checkpoint": "where and when restartable checkpoints go (uri, every_n_steps, ...); in a TrainingRun its spec counts",
 }
