@@ -18,18 +18,21 @@ class Broken(BaseException):
     """What a kill looks like to a test: nothing of the fit's own handling is to mistake it for an error of the user."""
 
 
-class BreakAt(Callback):
-    """Ends the fit after `batches` batches, or in the validation after them."""
-
-    def __init__(self, batches: int | None, *, in_validation: bool = False) -> None:
-        self.batches, self.in_validation, self.seen = batches, in_validation, 0
+class Settled(Callback):
+    """Each save is committed before the next is due, on a slow machine too: it is known what is gone on from."""
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, *args: Any) -> None:
-        """Each save is committed before the next is due, on a slow machine too: it is known what is gone on from."""
         end = time.monotonic() + 30
         while trainer.checkpointer is not None and trainer.checkpointer.in_flight:
             assert time.monotonic() < end, "a save is not committed after 30 s"
             time.sleep(0.001)
+
+
+class BreakAt(Settled):
+    """Ends the fit after `batches` batches, or in the validation after them."""
+
+    def __init__(self, batches: int | None, *, in_validation: bool = False) -> None:
+        self.batches, self.in_validation, self.seen = batches, in_validation, 0
 
     def on_train_batch_end(self, trainer: Any, pl_module: Any, *args: Any) -> None:
         if trainer.loop_state.total_batches == self.batches and not self.in_validation:

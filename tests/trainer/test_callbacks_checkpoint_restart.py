@@ -148,13 +148,13 @@ KILLED = """
 import json, os, signal, sys
 from pathlib import Path
 import trainyard as L
-from tests.trainer.callback_runs import Scored, weights
+from tests.trainer.callback_runs import Scored, Settled, weights
 from tests.trainer.models import loader, trainer
-from trainyard.callbacks import Callback, EarlyStopping, EMAWeightAveraging, ModelCheckpoint
+from trainyard.callbacks import EarlyStopping, EMAWeightAveraging, ModelCheckpoint
 
 folder, kill_at, victim = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
 
-class Kill(Callback):
+class Kill(Settled):
     def on_train_batch_end(self, trainer, pl_module, *args):
         if trainer.loop_state.total_batches == kill_at and os.environ["RANK"] == victim:
             os.kill(os.getpid(), signal.SIGKILL)
