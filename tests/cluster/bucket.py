@@ -15,6 +15,18 @@ from devcluster.scenario import Scenario
 READS = ("GetObject", "HeadObject", "ListObjectsV2", "ListObjects")
 
 
+def s3_client(scenario: Scenario) -> Any:
+    """Of the server that the scenario's runs save to."""
+    s3 = scenario.env.s3
+    return boto3.client(
+        "s3",
+        endpoint_url=s3.endpoint,
+        aws_access_key_id=s3.access_key,
+        aws_secret_access_key=s3.secret_key,
+        region_name="us-east-1",
+    )
+
+
 @dataclass(frozen=True)
 class Bucket:
     """The prefix of one run."""
@@ -32,14 +44,7 @@ class Bucket:
         return f"{path}/{self.uid}/"
 
     def client(self) -> Any:
-        s3 = self.scenario.env.s3
-        return boto3.client(
-            "s3",
-            endpoint_url=s3.endpoint,
-            aws_access_key_id=s3.access_key,
-            aws_secret_access_key=s3.secret_key,
-            region_name="us-east-1",
-        )
+        return s3_client(self.scenario)
 
     def objects(self) -> list[str]:
         """Relative to the prefix; unfinished uploads are not in it."""

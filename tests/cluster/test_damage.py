@@ -3,25 +3,13 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 from urllib.parse import urlsplit
 
-import boto3
 import pytest
 
 from devcluster.scenario import Scenario
+from tests.cluster.bucket import s3_client
 from tests.cluster.runs import ARGS, at_step, complete, final_sha
-
-
-def _client(scenario: Scenario) -> Any:
-    s3 = scenario.env.s3
-    return boto3.client(
-        "s3",
-        endpoint_url=s3.endpoint,
-        aws_access_key_id=s3.access_key,
-        aws_secret_access_key=s3.secret_key,
-        region_name="us-east-1",
-    )
 
 
 @pytest.mark.timeout(300)
@@ -33,7 +21,7 @@ def test_a_damaged_checkpoint_is_passed_over_and_the_run_says_so(scenario: Scena
 
     uri = urlsplit(scenario.spec()["checkpoint"]["uri"])
     prefix = f"{uri.path.strip('/')}/{scenario.run('hurt')['metadata']['uid']}/"
-    client = _client(scenario)
+    client = s3_client(scenario)
     listed = client.list_objects_v2(Bucket=uri.netloc, Prefix=f"{prefix}commits/")["Contents"]
     records = [json.loads(client.get_object(Bucket=uri.netloc, Key=o["Key"])["Body"].read()) for o in listed]
     commits = sorted((r for r in records if r["kind"] == "commit"), key=lambda r: r["seq"])

@@ -89,7 +89,7 @@ class LocalStore:
         with self._errors(key), self._temporary(key) as temporary:
             _write(temporary, data)
             temporary.replace(self._root / key)
-            _sync((self._root / key).parent)
+            sync_folder((self._root / key).parent)
 
     def put_parts(self, key: str, path: Path, part: int) -> list[str]:
         # A copy, no link: the staged file is written over by a later save.
@@ -110,7 +110,7 @@ class LocalStore:
                 digests = in_parallel(len(pieces), copy, workers=_WORKERS, name="copy-part")
                 os.fsync(target.fileno())
             temporary.replace(self._root / key)
-            _sync((self._root / key).parent)
+            sync_folder((self._root / key).parent)
             return digests
 
     def create(self, key: str, data: bytes) -> bool:
@@ -120,7 +120,7 @@ class LocalStore:
                 os.link(temporary, self._root / key)
             except FileExistsError:
                 return False
-            _sync((self._root / key).parent)
+            sync_folder((self._root / key).parent)
         return True
 
     # ---- the rest
@@ -212,7 +212,7 @@ def _write(path: Path, data: bytes) -> None:
         os.fsync(file.fileno())
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
     """The new name survives a power cut, too. Some file systems cannot; then there is nothing to do."""
     with contextlib.suppress(OSError):
         descriptor = os.open(folder, os.O_RDONLY)

@@ -16,6 +16,7 @@ from urllib.parse import urlsplit
 
 from trainyard.checkpoint.format.digest import part_size
 from trainyard.checkpoint.retry import with_retries
+from trainyard.checkpoint.store_local import sync_folder
 from trainyard.errors import MisconfigurationException
 from trainyard.trainer.ckpt_errors import CheckpointFileDamaged, CheckpointFileNotFound, UnsafeCheckpoint
 from trainyard.trainer.ckpt_places import (
@@ -27,7 +28,6 @@ from trainyard.trainer.ckpt_places import (
     local_path,
     nearest_file,
     open_s3,
-    sync_folder,
     temporary_file,
 )
 

@@ -97,16 +97,6 @@ def temporary_file() -> Iterator[Path]:
         Path(name).unlink(missing_ok=True)
 
 
-def sync_folder(folder: Path) -> None:
-    """The new name survives a power cut, too. Some file systems cannot; then there is nothing to do."""
-    with contextlib.suppress(OSError):
-        descriptor = os.open(folder, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
-
-
 def nearest_file(path: Path) -> str:
     if not path.parent.is_dir():
         return f"; there is no folder {path.parent}"
