@@ -258,7 +258,6 @@ class CheckpointReader:
         if kept is not None:
             buffer[:] = kept
             return
-        reasons: list[CheckpointError] = []
         for index in range(self._at.get(shard.key, 0), len(self._sources)):
             source = self._sources[index]
             try:
@@ -270,14 +269,14 @@ class CheckpointReader:
                     self.bytes_read[source.name] += len(buffer)
                 return
             except NotFound as error:
-                reasons.append(ShardInvalid(f"{shard.key}: is missing ({error})"))
+                why: CheckpointError = ShardInvalid(f"{shard.key}: is missing ({error})")
             except (ShardInvalid, StoreUnavailable) as error:
-                reasons.append(error)
-            if source.name != "store" and not isinstance(reasons[-1], NotFound):
-                log.info("%s source: %s; the next one is asked", source.name, reasons[-1])
+                why = error
+            if source.name != "store":
+                log.info("%s source: %s; the next one is asked", source.name, why)
             with self._lock:
                 self._at[shard.key] = max(self._at.get(shard.key, 0), index + 1)
-                self._why[shard.key] = reasons[-1]
+                self._why[shard.key] = why
         # The last source is the truth; what the copies lack says nothing about the checkpoint. If no source was left to ask,
         # another thread found the last one wanting.
         raise self._why[shard.key]

@@ -180,26 +180,26 @@ class Resumption:
         record = self._records[0]
         sources = [*self.tier.sources(record), StoreSource(self._store)]
         reader = self._reader = CheckpointReader(record, sources)
-        tree: dict[str, Any] = {}
 
-        def read() -> None:
-            if self._peers.rank == 0:
-                tree["it"] = reader.tree("checkpoint")
+        def read() -> dict[str, Any]:
+            return {"tree": reader.tree("checkpoint")} if self._peers.rank == 0 else {}
+
+        found = self._together(record, read)
+        if found is None:
+            return None
+        tree = self._peers.broadcast(found)["tree"]
 
         def build() -> dict[str, Any]:
-            main = unflatten(tree["it"], lambda ref: None)
+            main = unflatten(tree, lambda ref: None)
             if not isinstance(main, dict):
                 raise ShardInvalid(f"the checkpoint of step {record.step} is no dict")
             return main
 
-        if not self._together(record, lambda: read() is None):
-            return None
-        tree = self._peers.broadcast(tree)
         return self._together(record, build)
 
     def _propose(self, known: list[Record] | None) -> dict[str, Any]:
         run = self._config.run_id
-        self._commits = commits = CommitLog(self._store, run, known) if known else CommitLog(self._store, run)
+        self._commits = commits = CommitLog(self._store, run, known or ())
         records = commits.records if known else commits.refresh()
         attempt = self._config.attempt
         restart = attempt is not None and attempt > 1

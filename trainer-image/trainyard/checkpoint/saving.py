@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from trainyard.checkpoint.format.tree import flatten
 from trainyard.checkpoint.payload import Payload
-from trainyard.checkpoint.plan import Assigned, assign
+from trainyard.checkpoint.plan import Assigned, assign, rank_path
 from trainyard.checkpoint.staging import StagedFile, StagingFolder, layout_of, stage
 
 if TYPE_CHECKING:
@@ -71,7 +71,7 @@ def save_shard(
     """
     with _no_collections():
         skeleton, tensors = flatten(payload.checkpoint, "checkpoint")
-        own_skeleton, own = flatten(payload.own, f"rank-{rank:05d}")
+        own_skeleton, own = flatten(payload.own, rank_path(rank))
         trees = {"rank": own_skeleton, **({"checkpoint": skeleton} if rank == 0 else {})}
         plan = (planner or Planner()).plan
         pieces, layout = plan({**tensors, **own}, rank=rank, world=world, replicated=payload.replicated)

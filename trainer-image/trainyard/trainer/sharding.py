@@ -29,11 +29,7 @@ def optimizer_names(trainer: Trainer) -> list[list[str]]:
 
 def expected_bytes(trainer: Trainer) -> int:
     """About what this rank will write in a save: its parameters, and twice as much for the optimizers, as Adam keeps."""
-    from trainyard.checkpoint.format.geometry import piece
-
-    pieces = [piece(p.detach()) for p in trainer.lightning_module.parameters() if not p.is_meta]
-    held = sum(have.local.numel() * have.local.element_size() for have in pieces)
-    return 3 * held // (trainer.world_size if trainer.strategy.replicates_parameters else 1)
+    return _share_of(trainer, 3 * list(trainer.lightning_module.parameters()))
 
 
 def layout(trainer: Trainer) -> Layout:
@@ -71,7 +67,12 @@ def size_of_shard(trainer: Trainer) -> int:
         for value in kept.values()
         if isinstance(value, torch.Tensor)
     ]
-    local = [getattr(t, "_local_tensor", t) for t in held]
+    return _share_of(trainer, held)
+
+
+def _share_of(trainer: Trainer, held: list[torch.Tensor]) -> int:
+    """Bytes that this rank writes of tensors that it holds."""
+    local = [getattr(t, "_local_tensor", t) for t in held if not t.is_meta]
     size = sum(t.numel() * t.element_size() for t in local)
     return size // trainer.world_size if trainer.strategy.replicates_parameters else size
 
