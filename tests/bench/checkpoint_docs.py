@@ -7,8 +7,6 @@ All numbers of the page's generated part are the file's; nothing is rounded up.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,6 +16,7 @@ from tests.bench.checkpoint_savers import OURS_IN_A_RUN, YARDSTICK
 from tests.bench.checkpoint_states import MIB
 from tests.bench.checkpoint_transfer import ALIKE
 from tests.bench.main import CHECKOUT
+from tests.bench.pages import update
 
 PAGE = CHECKOUT / "docs" / "performance.md"
 PICTURE = "checkpoints.png"
@@ -190,21 +189,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, help="a JSON file of `./dev bench checkpoint`")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    args = parser.parse_args()
-    result = json.loads(args.results.read_text(encoding="utf-8"))
-    if result.get("what") != "checkpoint":
-        parser.error(f"{args.results} is of `./dev bench {result.get('what')}`")
-    source = args.results.resolve()
-    shown = source.relative_to(CHECKOUT) if source.is_relative_to(CHECKOUT) else Path(source.name)
-    args.page.write_text(
-        render(args.page.read_text(encoding="utf-8"), result, f"../{shown.as_posix()}"), encoding="utf-8"
-    )
-    plot(result, args.page.with_name(PICTURE))
+    update("checkpoint", __doc__, PAGE, PICTURE, render, plot)
 
 
 if __name__ == "__main__":

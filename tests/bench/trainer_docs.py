@@ -7,13 +7,12 @@ All numbers of the page's generated part are the file's; nothing is rounded up.
 
 from __future__ import annotations
 
-import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from tests.bench.main import CHECKOUT
+from tests.bench.pages import update
 from tests.bench.trainer import plot
 
 PAGE = CHECKOUT / "docs" / "performance.md"
@@ -105,21 +104,7 @@ def _number(value: float) -> str:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("results", type=Path, help="a JSON file of `./dev bench trainer`")
-    parser.add_argument("--page", type=Path, default=PAGE)
-    args = parser.parse_args()
-    result = json.loads(args.results.read_text(encoding="utf-8"))
-    if result.get("what") != "trainer":
-        parser.error(f"{args.results} is of `./dev bench {result.get('what')}`")
-    source = args.results.resolve()
-    shown = source.relative_to(CHECKOUT) if source.is_relative_to(CHECKOUT) else Path(source.name)
-    args.page.write_text(
-        render(args.page.read_text(encoding="utf-8"), result, f"../{shown.as_posix()}"), encoding="utf-8"
-    )
-    plot(result, args.page.with_name(PICTURE))
+    update("trainer", __doc__, PAGE, PICTURE, render, plot)
 
 
 if __name__ == "__main__":
