@@ -139,14 +139,17 @@ def test_an_upload_that_is_given_up_leaves_nothing(
     assert store.put_parts(SHARD, file, PART) == digests(file)
 
 
+@pytest.mark.parametrize(("part", "at"), [(5, 0), (2, 100_000), (2, PART - 1)])
 def test_an_upload_that_somebody_else_aborts_is_told_at_once_and_works_the_next_time(
-    proxy: S3Proxy, store: S3Store, behind: S3Store, file: Path
+    proxy: S3Proxy, store: S3Store, behind: S3Store, file: Path, part: int, at: int
 ) -> None:
+    """Also where a part is still on its way: versitygw then brings half of the upload back, and cannot complete it."""
+
     def abort() -> None:
         for leftover in behind.leftovers():
             behind.abort(leftover)
 
-    with proxy.fault("at_byte", method="PUT", path="partNumber=5", at=0, times=1, then=abort):
+    with proxy.fault("at_byte", method="PUT", path=f"partNumber={part}", at=at, times=1, then=abort):
         assert with_retries(lambda: store.put_parts(SHARD, file, PART), seconds=20) == digests(file)
     assert proxy.count("POST", "uploads") == 2
     assert behind.get(SHARD) == file.read_bytes()

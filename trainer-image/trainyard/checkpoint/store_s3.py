@@ -29,6 +29,10 @@ _GONE = {"NoSuchUpload", "InvalidPart"}
 _NOT_OFFERED = {"NotImplemented", "501"}
 
 
+class _UploadGone(StoreUnavailable):
+    """The upload is not there any more: nothing but a new one helps."""
+
+
 class S3Store:
     """`s3://bucket/prefix`. Conditional creation is `If-None-Match: *` (S3 since 2024-08; versitygw, MinIO, Ceph)."""
 
@@ -188,11 +192,10 @@ class S3Store:
                 lambda: self._ask(
                     "complete_multipart_upload", Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
                 ),
+                gone=lambda error: self._lacks_parts(name, upload, len(parts), error),
             )  # fmt: skip
             found = answer.get("ChecksumSHA256")
-        except StoreUnavailable as error:
-            if _code(error.__cause__) not in _GONE:
-                raise
+        except _UploadGone as gone:
             # An earlier try may have done it, and only its answer was lost.
             try:
                 with self._where.errors(key):
@@ -200,11 +203,28 @@ class S3Store:
                         "ChecksumSHA256", ""
                     )
             except NotFound:
-                raise error from None
+                raise gone from None
         if found not in (None, checksum):  # not all servers say it
             raise StoreUnavailable(
                 f"{self._uri}/{key}: the server has put together something else than was sent"
             )
+
+    def _lacks_parts(self, name: str, upload: str, count: int, error: StoreUnavailable) -> bool:
+        """Whether it was the server that lost the upload, and no patience helps.
+
+        versitygw 1.8 brings the folder of an aborted upload back for a part that was on its way, without what it
+        needs to complete it, and from then on answers 500.
+        """
+        if _status(error.__cause__) < 500 or error.slow_down:
+            return False
+        try:
+            with self._where.errors(name):
+                pages = self._client.get_paginator("list_parts").paginate(
+                    Bucket=self._bucket, Key=name, UploadId=upload
+                )
+                return sum(len(page.get("Parts", [])) for page in pages) < count
+        except StoreError as unlisted:
+            return _code(unlisted.__cause__) in _GONE
 
     # ---- the rest
 
@@ -283,8 +303,17 @@ class S3Store:
             raise
         self._pace.went_well()
 
-    def _patiently(self, key: str, stop: threading.Event | None, call: Callable[[], Any]) -> Any:
-        """What `call` returns, tried again for a while: one part of many should not cost all of them."""
+    def _patiently(
+        self,
+        key: str,
+        stop: threading.Event | None,
+        call: Callable[[], Any],
+        gone: Callable[[StoreUnavailable], bool] = lambda _error: False,
+    ) -> Any:
+        """What `call` returns, tried again for a while: one part of many should not cost all of them.
+
+        Raises _UploadGone as soon as the server says that there is no such upload, or `gone` finds so.
+        """
 
         def once() -> Any:
             if stop is not None and stop.is_set():
@@ -293,8 +322,8 @@ class S3Store:
                 return call()
 
         def on_retry(error: StoreUnavailable, _tries: int) -> None:
-            if _code(error.__cause__) in _GONE:
-                raise error
+            if _code(error.__cause__) in _GONE or gone(error):
+                raise _UploadGone(str(error)) from error
 
         return with_retries(once, seconds=_PART_SECONDS, on_retry=on_retry)
 
