@@ -6,12 +6,13 @@ import os
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
 from devcluster.s3 import S3Server
 from tests.fakes.s3_proxy import S3Proxy
-from trainyard.checkpoint import s3_client, store_s3
+from trainyard.checkpoint import retry, s3_client, store_s3
 from trainyard.checkpoint.commitlog import CommitLog
 from trainyard.checkpoint.errors import ShardInvalid, StoreConfigError, StoreUnavailable
 from trainyard.checkpoint.format.digest import digest, spans
@@ -109,6 +110,24 @@ def test_a_completion_whose_answer_is_lost_is_found_to_be_done(
     with proxy.fault("lose_answer", method="POST", path="uploadId=", times=2):
         assert store.put_parts(SHARD, file, PART) == digests(file)
     assert proxy.fired["lose_answer"] == 2
+    assert behind.get(SHARD) == file.read_bytes()
+
+
+def test_a_completion_is_found_to_be_done_by_the_last_try_too(
+    proxy: S3Proxy, store: S3Store, behind: S3Store, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def clock() -> float:
+        """The time is over when the second try is answered."""
+        return float("inf") if proxy.count("POST", "uploadId=") > 1 else 0.0
+
+    monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
+    gone = {"status": 404, "code": "NoSuchUpload"}  # as S3 says; versitygw answers as if it had completed it again
+    with (
+        proxy.fault("lose_answer", method="POST", path="uploadId=", times=1),
+        proxy.fault("error", method="POST", path="uploadId=", skip=1, times=1, **gone),
+    ):
+        assert store.put_parts(SHARD, file, PART) == digests(file)
+    assert (proxy.fired["lose_answer"], proxy.fired["error"]) == (1, 1)
     assert behind.get(SHARD) == file.read_bytes()
 
 

@@ -29,10 +29,6 @@ _GONE = {"NoSuchUpload", "InvalidPart"}
 _NOT_OFFERED = {"NotImplemented", "501"}
 
 
-class _UploadGone(StoreUnavailable):
-    """The upload is not there any more: nothing but a new one helps."""
-
-
 class S3Store:
     """`s3://bucket/prefix`. Conditional creation is `If-None-Match: *` (S3 since 2024-08; versitygw, MinIO, Ceph)."""
 
@@ -187,15 +183,11 @@ class S3Store:
         """Raises StoreUnavailable unless the object is there with `checksum`, S3's one of all parts' ones."""
         name = self._prefix + key
         try:
-            answer = self._patiently(
-                key, None,
-                lambda: self._ask(
-                    "complete_multipart_upload", Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
-                ),
-                gone=lambda error: self._lacks_parts(name, upload, len(parts), error),
-            )  # fmt: skip
+            answer = self._patiently(key, None, lambda: self._put_together(name, upload, parts))
             found = answer.get("ChecksumSHA256")
-        except _UploadGone as gone:
+        except StoreUnavailable as error:
+            if _code(error.__cause__) not in _GONE:
+                raise
             # An earlier try may have done it, and only its answer was lost.
             try:
                 with self._where.errors(key):
@@ -203,20 +195,33 @@ class S3Store:
                         "ChecksumSHA256", ""
                     )
             except NotFound:
-                raise gone from None
+                raise error from None
         if found not in (None, checksum):  # not all servers say it
             raise StoreUnavailable(
                 f"{self._uri}/{key}: the server has put together something else than was sent"
             )
 
-    def _lacks_parts(self, name: str, upload: str, count: int, error: StoreUnavailable) -> bool:
-        """Whether it was the server that lost the upload, and no patience helps.
+    def _put_together(self, name: str, upload: str, parts: list[dict[str, Any]]) -> Any:
+        """The server's answer. Raises ClientError: NoSuchUpload also where it has lost the upload and does not say so.
 
         versitygw 1.8 brings the folder of an aborted upload back for a part that was on its way, without what it
         needs to complete it, and from then on answers 500.
         """
-        if _status(error.__cause__) < 500 or error.slow_down:
-            return False
+        from botocore.exceptions import ClientError
+
+        try:
+            return self._ask(
+                "complete_multipart_upload", Key=name, UploadId=upload, MultipartUpload={"Parts": parts}
+            )
+        except ClientError as error:
+            # 503 says that there are too many requests, and nothing about the upload.
+            if status_of(error) >= 500 and status_of(error) != 503 and self._lacks_parts(name, upload, len(parts)):
+                lost = {"Error": {"Code": "NoSuchUpload", "Message": f"after {code_of(error)}: parts are missing"}}
+                raise ClientError(lost, error.operation_name) from error
+            raise
+
+    def _lacks_parts(self, name: str, upload: str, count: int) -> bool:
+        """Whether the server knows fewer than `count` parts of the upload. False if it does not tell."""
         try:
             with self._where.errors(name):
                 pages = self._client.get_paginator("list_parts").paginate(
@@ -303,17 +308,8 @@ class S3Store:
             raise
         self._pace.went_well()
 
-    def _patiently(
-        self,
-        key: str,
-        stop: threading.Event | None,
-        call: Callable[[], Any],
-        gone: Callable[[StoreUnavailable], bool] = lambda _error: False,
-    ) -> Any:
-        """What `call` returns, tried again for a while: one part of many should not cost all of them.
-
-        Raises _UploadGone as soon as the server says that there is no such upload, or `gone` finds so.
-        """
+    def _patiently(self, key: str, stop: threading.Event | None, call: Callable[[], Any]) -> Any:
+        """What `call` returns, tried again for a while: one part of many should not cost all of them."""
 
         def once() -> Any:
             if stop is not None and stop.is_set():
@@ -322,8 +318,8 @@ class S3Store:
                 return call()
 
         def on_retry(error: StoreUnavailable, _tries: int) -> None:
-            if _code(error.__cause__) in _GONE or gone(error):
-                raise _UploadGone(str(error)) from error
+            if _code(error.__cause__) in _GONE:
+                raise error
 
         return with_retries(once, seconds=_PART_SECONDS, on_retry=on_retry)
 
