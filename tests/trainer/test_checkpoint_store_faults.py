@@ -121,7 +121,8 @@ def test_a_completion_is_found_to_be_done_by_the_last_try_too(
         return float("inf") if proxy.count("POST", "uploadId=") > 1 else 0.0
 
     monkeypatch.setattr(retry, "time", SimpleNamespace(monotonic=clock, sleep=time.sleep))
-    gone = {"status": 404, "code": "NoSuchUpload"}  # as S3 says; versitygw answers as if it had completed it again
+    # As S3 says; versitygw answers as if it had completed it again.
+    gone = {"status": 404, "code": "NoSuchUpload"}
     with (
         proxy.fault("lose_answer", method="POST", path="uploadId=", times=1),
         proxy.fault("error", method="POST", path="uploadId=", skip=1, times=1, **gone),
@@ -169,6 +170,22 @@ def test_an_upload_that_somebody_else_aborts_is_told_at_once_and_works_the_next_
             behind.abort(leftover)
 
     with proxy.fault("at_byte", method="PUT", path=f"partNumber={part}", at=at, times=1, then=abort):
+        assert with_retries(lambda: store.put_parts(SHARD, file, PART), seconds=20) == digests(file)
+    assert proxy.count("POST", "uploads") == 2
+    assert behind.get(SHARD) == file.read_bytes()
+
+
+def test_an_upload_whose_parts_all_come_back_after_an_abort_is_begun_anew(
+    s3: S3Server, proxy: S3Proxy, store: S3Store, behind: S3Store, file: Path
+) -> None:
+    """With all parts on their way, versitygw brings all of them back, but not what it noted of the upload in attributes."""
+
+    def forget() -> None:
+        for folder in s3.data_dir.glob("*/.sgwtmp/multipart/*/*"):
+            for name in os.listxattr(folder):
+                os.removexattr(folder, name)
+
+    with proxy.fault("at_byte", method="PUT", path="partNumber=5", at=0, times=1, then=forget):
         assert with_retries(lambda: store.put_parts(SHARD, file, PART), seconds=20) == digests(file)
     assert proxy.count("POST", "uploads") == 2
     assert behind.get(SHARD) == file.read_bytes()

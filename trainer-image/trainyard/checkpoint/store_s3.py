@@ -27,6 +27,8 @@ _TAKEN = {"PreconditionFailed", "412"}
 _GONE = {"NoSuchUpload", "InvalidPart"}
 """The upload is not there any more: finished or aborted."""
 _NOT_OFFERED = {"NotImplemented", "501"}
+_ALGORITHM = "SHA256"
+"""Of the checksums that the server is given."""
 
 
 class S3Store:
@@ -148,7 +150,7 @@ class S3Store:
     def _multipart(self, key: str, file: IO[bytes], pieces: list[tuple[int, int]]) -> list[str]:
         name = self._prefix + key
         with self._request(key):
-            upload = self._ask("create_multipart_upload", Key=name, ChecksumAlgorithm="SHA256")["UploadId"]
+            upload = self._ask("create_multipart_upload", Key=name, ChecksumAlgorithm=_ALGORITHM)["UploadId"]
 
         def send(number: int, stop: threading.Event) -> tuple[str, str]:
             """(ETag, SHA-256) of a part."""
@@ -202,11 +204,7 @@ class S3Store:
             )
 
     def _put_together(self, name: str, upload: str, parts: list[dict[str, Any]]) -> Any:
-        """The server's answer. Raises ClientError: NoSuchUpload also where it has lost the upload and does not say so.
-
-        versitygw 1.8 brings the folder of an aborted upload back for a part that was on its way, without what it
-        needs to complete it, and from then on answers 500.
-        """
+        """The server's answer. Raises ClientError: NoSuchUpload also where it has lost the upload and does not say so."""
         from botocore.exceptions import ClientError
 
         try:
@@ -215,21 +213,28 @@ class S3Store:
             )
         except ClientError as error:
             # 503 says that there are too many requests, and nothing about the upload.
-            if status_of(error) >= 500 and status_of(error) != 503 and self._lacks_parts(name, upload, len(parts)):
-                lost = {"Error": {"Code": "NoSuchUpload", "Message": f"after {code_of(error)}: parts are missing"}}
-                raise ClientError(lost, error.operation_name) from error
-            raise
+            if status_of(error) < 500 or status_of(error) == 503 or not self._lost(name, upload, len(parts)):
+                raise
+            lost = {"Error": {"Code": "NoSuchUpload", "Message": f"{code_of(error)}, and the upload is lost"}}
+            raise ClientError(lost, error.operation_name) from error
 
-    def _lacks_parts(self, name: str, upload: str, count: int) -> bool:
-        """Whether the server knows fewer than `count` parts of the upload. False if it does not tell."""
+    def _lost(self, name: str, upload: str, count: int) -> bool:
+        """Whether the server no longer has the upload as it was begun, with `count` parts. False if it does not tell.
+
+        versitygw 1.8 brings the folder of an aborted upload back for parts that were on their way, some or all, but
+        without what it had noted of the upload ("null" for the checksum's algorithm), and then answers 500 for ever.
+        """
         try:
             with self._where.errors(name):
-                pages = self._client.get_paginator("list_parts").paginate(
-                    Bucket=self._bucket, Key=name, UploadId=upload
+                pages = list(
+                    self._client.get_paginator("list_parts").paginate(
+                        Bucket=self._bucket, Key=name, UploadId=upload
+                    )
                 )
-                return sum(len(page.get("Parts", [])) for page in pages) < count
         except StoreError as unlisted:
             return _code(unlisted.__cause__) in _GONE
+        known = sum(len(page.get("Parts", [])) for page in pages)
+        return known < count or any(page.get("ChecksumAlgorithm", _ALGORITHM) != _ALGORITHM for page in pages)
 
     # ---- the rest
 
